@@ -1,0 +1,70 @@
+"""Front door of the workflow: reads and validates the study, includes one file of rules a stage."""
+
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from costbp.config import Cell, load_plan
+from costbp.errors import UserError
+from costbp.files import write_text
+
+
+configfile: "config/config.yaml"
+
+
+container: "docker://python:3.11-slim"
+
+
+try:
+    PLAN = load_plan(map(Path, workflow.overwrite_configfiles), merged=config)
+    RESULTS = PLAN.results
+    RESOLVED = RESULTS / "plan.json"
+    resolved = PLAN.model_dump_json(indent=2) + "\n"
+    if not RESOLVED.exists() or RESOLVED.read_text() != resolved:
+        write_text(RESOLVED, resolved)
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+REPORTS = PLAN.study.paths.reports
+LOGS = Path("logs") / PLAN.name
+COSTBP = f"{sys.executable} -m costbp"
+CELLS = list(PLAN.cells())
+PAIRS = PLAN.pairs()
+LABELS = PLAN.labels()  # words of the report: a change redraws it, and runs nothing else
+
+
+wildcard_constraints:
+    asset=r"[^/]+",
+    model=r"[^/]+",
+    task=r"[^/]+",
+    method=r"[^/]+",
+    budget=r"[^/]+",
+
+
+include: "workflow/rules/assets.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/tune.smk"
+include: "workflow/rules/cost.smk"
+include: "workflow/rules/report.smk"
+
+
+localrules:
+    all,
+
+
+rule all:
+    default_target: True
+    input:
+        REPORTS / "index.html",
+        REPORTS / "tables" / "summary.md",
+        REPORTS / "claims.md",
+        RESULTS / "mlflow.json",
+
+
+onsuccess:
+    print(f"study '{PLAN.name}': open {REPORTS / 'index.html'}; browse runs with `costbp ui`")
+
+
+onerror:
+    print(f"study '{PLAN.name}': a job failed; logs are in {LOGS}; finished runs are kept")

@@ -1,0 +1,211 @@
+"""Figures: one panel per (model, task), colours per method, safe for colour-blind readers.
+
+Family decides dash and marker, so that a figure reads in grey too. Lines are means over seeds,
+bands their range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from costbp.analysis.frames import Frames
+from costbp.config.study import Plan
+from costbp.files import atomic
+
+DASHES = {"bp": "", "fmad": (4, 1.5), "zo": (1.2, 1.2)}
+MARKERS = {"bp": "o", "fmad": "s", "zo": "^"}
+PANEL = (4.3, 3.1)  # inches
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colour, dash and marker of every method of a study, by label."""
+
+    colors: dict[str, Any]
+    dashes: dict[str, Any]
+    markers: dict[str, str]
+    order: list[str]
+
+
+def style(plan: Plan) -> Style:
+    methods = list(dict.fromkeys(cell.method for cell in plan.cells()))
+    entries = [plan.catalog.methods[name] for name in methods]
+    palette = sns.color_palette("colorblind", len(entries))
+    if len(entries) > 10:
+        palette = sns.husl_palette(len(entries))
+    order = [entry.label for entry in entries]
+    return Style(
+        dict(zip(order, palette, strict=True)),
+        {entry.label: DASHES[entry.family] for entry in entries},
+        {entry.label: MARKERS[entry.family] for entry in entries},
+        order,
+    )
+
+
+def _labelled(plan: Plan, frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(
+        Method=[plan.catalog.methods[name].label for name in frame["method"]],
+        family=[plan.catalog.methods[name].family for name in frame["method"]],
+    )
+
+
+def _grid(
+    plan: Plan, frame: pd.DataFrame, draw: Callable[[Any, pd.DataFrame], None], x: str, y: str
+) -> Figure:
+    """A panel per (model, task); ``draw(axis, rows)`` fills it; one legend below all."""
+    sns.set_theme(context="paper", style="whitegrid", font_scale=1.35)
+    models = list(dict.fromkeys(frame["model"]))
+    tasks = list(dict.fromkeys(frame["task"]))
+    size = (PANEL[0] * len(tasks), PANEL[1] * len(models) + 0.9)
+    figure, axes = plt.subplots(len(models), len(tasks), figsize=size, squeeze=False)
+    for i, model in enumerate(models):
+        for j, task in enumerate(tasks):
+            axis = axes[i][j]
+            rows = frame[(frame["model"] == model) & (frame["task"] == task)]
+            if rows.empty:
+                axis.set_axis_off()
+                continue
+            draw(axis, rows)
+            axis.set_title(
+                f"{plan.catalog.tasks[task].label}\n{plan.catalog.models[model].label}", fontsize=11
+            )
+            axis.set_xlabel(x if i == len(models) - 1 else "")
+            axis.set_ylabel(y if j == 0 else "")
+            legend = axis.get_legend()
+            if legend is not None:
+                legend.remove()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    known = set(style(plan).order)
+    shown = {label: handle for handle, label in zip(handles, labels, strict=True) if label in known}
+    figure.legend(
+        list(shown.values()),
+        list(shown),
+        loc="lower center",
+        ncol=min(4, len(shown)),
+        frameon=False,
+    )
+    figure.tight_layout(rect=(0, 0.24 / len(models) if len(models) < 2 else 0.11, 1, 1))
+    return figure
+
+
+def curve(plan: Plan, frames: Frames, x: str, y: str, x_label: str, y_label: str) -> Figure:
+    """Validation ``y`` against ``x``, a line per method, on a logarithmic abscissa."""
+    look = style(plan)
+    majority = frames.runs.groupby("task")["majority"].first()
+
+    def draw(axis: Any, rows: pd.DataFrame) -> None:
+        sns.lineplot(
+            rows,
+            x=x,
+            y=y,
+            hue="Method",
+            style="Method",
+            units=None,
+            estimator="mean",
+            errorbar=("pi", 100),
+            hue_order=look.order,
+            style_order=look.order,
+            palette=look.colors,
+            dashes=look.dashes,
+            markers=look.markers,
+            markersize=5,
+            ax=axis,
+        )
+        if y == "validation_accuracy":
+            axis.axhline(majority[rows["task"].iloc[0]], color="0.5", lw=1, ls=":", zorder=0)
+            axis.set_ylim(0, 1)
+        axis.set_xscale("log")
+
+    frame = _labelled(plan, frames.curves)
+    frame = frame[frame["step"] > 0]
+    # seeds stop at slightly different places: give the points of an evaluation one abscissa
+    order = frame.groupby(["model", "task", "method", "budget", "seed"]).cumcount()
+    keys = [frame["model"], frame["task"], frame["method"], frame["budget"], order]
+    frame = frame.assign(**{x: frame.groupby(keys)[x].transform("mean")})
+    return _grid(plan, frame, draw, x_label, y_label)
+
+
+def memory_accuracy(plan: Plan, frames: Frames) -> Figure:
+    """Test accuracy against peak memory beyond weights, a point per method with its seeds' range."""
+    look = style(plan)
+
+    def draw(axis: Any, rows: pd.DataFrame) -> None:
+        for label in look.order:
+            part = rows[rows["Method"] == label]
+            if part.empty or part["test_accuracy"].isna().all():
+                continue
+            accuracy = part["test_accuracy"].dropna()
+            mean = accuracy.mean()
+            axis.errorbar(
+                part["MiB"].iloc[0],
+                mean,
+                yerr=[[mean - accuracy.min()], [accuracy.max() - mean]],
+                fmt=look.markers[label],
+                color=look.colors[label],
+                markersize=8,
+                capsize=3,
+                label=label,
+            )
+        axis.set_ylim(0, 1)
+        axis.set_xscale("log")
+
+    runs = _labelled(plan, frames.runs)
+    runs = runs.assign(MiB=(runs["peak_bytes"] + runs["state_bytes"]) / 2**20)
+    return _grid(plan, runs, draw, "Peak memory beyond weights, MiB", "Test accuracy")
+
+
+FIGURES: dict[str, tuple[str, Callable[[Plan, Frames], Figure]]] = {
+    "accuracy_units": (
+        "Validation accuracy against forward units: equal abscissa is equal compute. The dotted "
+        "line is the majority class.",
+        lambda p, f: curve(
+            p, f, "forward_units", "validation_accuracy", "Forward units", "Validation accuracy"
+        ),
+    ),
+    "accuracy_seconds": (
+        "Validation accuracy against training seconds on this machine, evaluation excluded.",
+        lambda p, f: curve(
+            p, f, "seconds", "validation_accuracy", "Training seconds", "Validation accuracy"
+        ),
+    ),
+    "loss_units": (
+        "Validation loss against forward units.",
+        lambda p, f: curve(
+            p, f, "forward_units", "validation_loss", "Forward units", "Validation loss"
+        ),
+    ),
+    "loss_seconds": (
+        "Validation loss against training seconds.",
+        lambda p, f: curve(
+            p, f, "seconds", "validation_loss", "Training seconds", "Validation loss"
+        ),
+    ),
+    "memory_accuracy": (
+        "Test accuracy at the end of the budget against the peak memory of a step beyond weights; "
+        "bars are the range over seeds. Up and to the left is better.",
+        memory_accuracy,
+    ),
+}
+
+
+def write(plan: Plan, frames: Frames, folder: Path) -> None:
+    """Every figure as PNG and PDF."""
+    for name, (_, make) in FIGURES.items():
+        figure = make(plan, frames)
+        for kind in ("png", "pdf"):
+            with atomic(folder / f"{name}.{kind}") as temporary:
+                metadata = {"CreationDate": None} if kind == "pdf" else None
+                figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+        plt.close(figure)

@@ -1,0 +1,135 @@
+"""Records to tidy frames. Everything after this file works on these frames alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from costbp.config.study import Plan
+from costbp.errors import UserError
+from costbp.files import atomic
+from costbp.train.record import STEPS, read_record
+
+RUNS, CURVES, COSTS = "runs.parquet", "curves.parquet", "costs.parquet"
+CELL = ["model", "task", "method", "budget"]
+EVALUATED = ["step", "forward_units", "flops", "seconds", "validation_accuracy", "validation_loss"]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A study's results.
+
+    Attributes:
+        runs: one row a run: cell, seed, family, outcome, optimiser, environment, summary figures.
+        curves: one row an evaluation: cell, seed, step, forward_units, flops, seconds, and
+            accuracy and loss on the validation split.
+        costs: one row per (model, task, method): figures of one step.
+    """
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    costs: pd.DataFrame
+
+
+def collect(plan: Plan) -> Frames:
+    """Read a study's records and cost files.
+
+    Raises:
+        UserError: a run or a cost file is missing.
+    """
+    runs: list[dict[str, Any]] = []
+    curves: list[pd.DataFrame] = []
+    for cell in plan.cells():
+        for spec in plan.specs(cell):
+            folder = spec.folder(plan.study.paths.store)
+            try:
+                record = read_record(folder)
+            except ValueError as error:
+                raise UserError(f"{error}; run `snakemake` again", 1) from error
+            if record is None:
+                raise UserError(f"{folder}: no record; run `snakemake` to compute it", 1)
+            names = {**cell._asdict(), "seed": spec.seed}
+            runs.append(
+                {
+                    **names,
+                    "family": spec.method.family,
+                    "hash": record.hash,
+                    "outcome": record.outcome,
+                    "message": record.message,
+                    "optimizer": f"{spec.optimizer.name} {spec.optimizer.lr:g}",
+                    "finished": record.finished.isoformat(),
+                    **record.environment,
+                    **record.summary.model_dump(),
+                }
+            )
+            steps = pd.read_parquet(folder / STEPS)
+            if "validation_accuracy" in steps:
+                found = steps.loc[steps["validation_accuracy"].notna(), EVALUATED]
+                curves.append(found.assign(**names))
+    costs = [entry for model, task in plan.pairs() for entry in _cost_file(plan, model, task)]
+    return Frames(pd.DataFrame(runs), pd.concat(curves, ignore_index=True), pd.DataFrame(costs))
+
+
+def _cost_file(plan: Plan, model: str, task: str) -> list[dict[str, Any]]:
+    path = plan.results / "cost" / model / f"{task}.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing; run `snakemake` to compute it", 1)
+    entries: list[dict[str, Any]] = json.loads(path.read_text())
+    return entries
+
+
+def save(frames: Frames, folder: Path) -> None:
+    """Store the frames as parquet files."""
+    for name, frame in ((RUNS, frames.runs), (CURVES, frames.curves), (COSTS, frames.costs)):
+        with atomic(folder / name) as temporary:
+            frame.to_parquet(temporary, index=False)
+
+
+def load(folder: Path) -> Frames:
+    """Frames stored by ``save``.
+
+    Raises:
+        UserError: they are not there.
+    """
+    try:
+        return Frames(*(pd.read_parquet(folder / name) for name in (RUNS, CURVES, COSTS)))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: results are not aggregated yet; run `costbp aggregate`"
+        ) from error
+
+
+def at_units(curves: pd.DataFrame, units: float) -> pd.DataFrame:
+    """Validation accuracy of each run at ``units`` forward units, linear between evaluations."""
+    rows = []
+    for names, curve in curves.groupby([*CELL, "seed"], sort=False):
+        curve = curve.sort_values("forward_units")
+        inside = curve[curve["forward_units"] <= units]
+        after = curve[curve["forward_units"] > units]
+        accuracy = inside["validation_accuracy"].iloc[-1]
+        if len(after):
+            x0, x1 = inside["forward_units"].iloc[-1], after["forward_units"].iloc[0]
+            y1 = after["validation_accuracy"].iloc[0]
+            accuracy += (y1 - accuracy) * (units - x0) / (x1 - x0)
+        rows.append((*names, accuracy))
+    return pd.DataFrame(rows, columns=[*CELL, "seed", "accuracy"])
+
+
+def first_reach(curve: pd.DataFrame, target: float, column: str) -> float | None:
+    """Where a run's accuracy first reaches ``target``, in ``column``; linear between evaluations.
+
+    None if it never does within its budget: a censored observation.
+    """
+    curve = curve.sort_values("step")
+    x, y = curve[column].to_numpy(float), curve["validation_accuracy"].to_numpy(float)
+    for index in range(len(y)):
+        if y[index] >= target:
+            if index == 0:
+                return float(x[0])
+            share = (target - y[index - 1]) / (y[index] - y[index - 1])
+            return float(x[index - 1] + share * (x[index] - x[index - 1]))
+    return None

@@ -1,0 +1,171 @@
+"""``claims.md``, ``claims.json`` and the self-contained page ``index.html``."""
+
+from __future__ import annotations
+
+import base64
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+
+from costbp.analysis.claims import judge, reference_method
+from costbp.analysis.figures import FIGURES
+from costbp.analysis.frames import Frames
+from costbp.analysis.tables import HEADERS, cost_table, readable, scale_line, spread
+from costbp.config.study import Plan
+from costbp.files import write_json, write_text
+
+
+def headline(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
+    """Outcome first: per (model, task, budget) the best method of each family."""
+    cards = []
+    reference = plan.catalog.methods[reference_method(plan)].label
+    for (model, task, budget), runs in frames.runs.groupby(["model", "task", "budget"], sort=False):
+        mean = runs.groupby("method")["test_accuracy"].mean()
+        rows = []
+        for family, title in (("bp", reference), ("fmad", "best FmAD"), ("zo", "best ZO")):
+            names = set(runs.loc[runs["family"] == family, "method"])
+            names &= {reference_method(plan)} if family == "bp" else names
+            scored = mean[mean.index.isin(names)].dropna()
+            if scored.empty:
+                continue
+            name = scored.idxmax()
+            part = runs[runs["method"] == name]
+            label = plan.catalog.methods[name].label
+            rows.append(
+                {
+                    "title": title if family == "bp" else f"{title}: {label}",
+                    "accuracy": spread(part["test_accuracy"], 100),
+                    "value": float(scored.max()),
+                    "family": family,
+                }
+            )
+        cards.append(
+            {
+                "task": plan.catalog.tasks[task].label,
+                "model": plan.catalog.models[model].label,
+                "budget": plan.catalog.budgets[budget].label,
+                "majority": float(runs["majority"].iloc[0]),
+                "d": int(runs["d"].iloc[0]),
+                "rows": rows,
+            }
+        )
+    return cards
+
+
+def unusual(frames: Frames) -> pd.DataFrame:
+    """Runs that did not complete: results too, never hidden."""
+    columns = ["model", "task", "method", "budget", "seed", "outcome", "message"]
+    return frames.runs.loc[frames.runs["outcome"] != "completed", columns]
+
+
+def notes(plan: Plan, frames: Frames) -> list[str]:
+    """What a reader must know to read the figures right; each sentence follows from the data."""
+    found = [
+        "A forward unit is the FLOPs of one no-grad forward of one batch. Evaluation is not "
+        "charged; a run stops before the step that would exceed its budget.",
+        "Curves show the validation split; the summary's accuracy is measured once, on the test "
+        "split, at the end of the budget.",
+    ]
+    heads = [m for m, _ in plan.pairs() if plan.catalog.models[m].reads_features]
+    if heads:
+        labels = ", ".join(plan.catalog.models[m].label for m in dict.fromkeys(heads))
+        found.append(
+            f"{labels}: the frozen encoder's features are computed once and cached, so the unit is "
+            "the forward of what still runs, the head. Units of different models can't be added "
+            "or compared, and checkpointing has nothing to recompute there."
+        )
+    tuned = sum(plan.optimizer(c)[1] == str(plan.study.tuning.file) for c in plan.cells())
+    total = sum(1 for _ in plan.cells())
+    trials = len(plan.catalog.methods[next(plan.cells()).method].trials)
+    found.append(
+        f"Optimiser and learning rate: {tuned} of {total} experiments use the choice of {trials} "
+        f"trials on the validation split ({plan.study.tuning.file}), the same number for every "
+        f"method; {total - tuned} use the catalog's default."
+    )
+    best = [c for c in headline(plan, frames) if any(r["family"] == "bp" for r in c["rows"])]
+    stuck = []
+    for card in best:
+        for row in card["rows"]:
+            if row["family"] != "bp" and row["value"] < card["majority"] + 0.05:
+                stuck.append(f"{row['title']} on {card['task']} ({card['model']})")
+    if stuck:
+        found.append(
+            "Within this budget not even these left the majority class by more than 5 points, so "
+            "nothing can be said of their convergence: " + "; ".join(stuck) + "."
+        )
+    return found
+
+
+def provenance(plan: Plan, frames: Frames) -> dict[str, str]:
+    """Versions, commits, devices of the runs."""
+    names = ["commit", "costbp", "torch", "transformers", "peft", "python", "device", "machine"]
+    found = {name: ", ".join(sorted(set(map(str, frames.runs[name])))) for name in names}
+    ended = sorted(frames.runs["finished"])
+    found["runs"] = f"{len(frames.runs)}, finished {ended[0]} to {ended[-1]}"
+    hours = frames.runs[["seconds", "evaluation_seconds"]].sum().sum() / 3600
+    found["compute"] = f"{hours:.2f} device hours of training and evaluation"
+    found["largest process"] = f"{frames.runs['rss_bytes'].max() / 2**30:.2f} GiB resident"
+    return found
+
+
+def claims_markdown(plan: Plan, claims: list[dict[str, Any]]) -> str:
+    """The claims as a page: an at-a-glance table, then each comparison."""
+    lines = ["# Claims", "", scale_line(plan), ""]
+    lines += ["| Claim | Claimed | Measured here | Verdict | Ledger |", "|---|---|---|---|---|"]
+    for claim in claims:
+        cells = (
+            claim["title"],
+            claim["claimed"],
+            claim["measured"],
+            claim["verdict"],
+            claim["ledger"],
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    for claim in claims:
+        lines += ["", f"## {claim['title']}: {claim['verdict']}", "", f"> {claim['statement']}", ""]
+        lines += [f"Source: {claim['source']} ({claim['provenance']}).", "", claim["definition"]]
+        for kind in ("for", "against", "undecided"):
+            if claim[kind]:
+                lines += ["", f"{kind.capitalize()} ({len(claim[kind])}):", ""]
+                lines += [f"- {text}" for text in claim[kind]]
+    return "\n".join(lines) + "\n"
+
+
+def write_claims(plan: Plan, frames: Frames, folder: Path) -> None:
+    """``claims.json`` and ``claims.md``."""
+    claims = judge(plan, frames)
+    write_json(folder / "claims.json", {"study": plan.name, "claims": claims})
+    write_text(folder / "claims.md", claims_markdown(plan, claims))
+
+
+def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
+    """``index.html``: one file that needs nothing else."""
+    images = {}
+    for name in FIGURES:
+        data = (folder / "figures" / f"{name}.png").read_bytes()
+        images[name] = "data:image/png;base64," + base64.b64encode(data).decode()
+    claims = json.loads((folder / "claims.json").read_text())["claims"]
+    template = files("costbp.analysis").joinpath("templates/index.html.j2").read_text()
+    page = Environment(undefined=StrictUndefined, autoescape=True).from_string(template)
+    methods = dict.fromkeys(cell.method for cell in plan.cells())
+    text = page.render(
+        study=plan.study,
+        scale=scale_line(plan),
+        cards=headline(plan, frames),
+        claims=claims,
+        summary=readable(plan, frames).rename(columns=HEADERS),
+        costs=cost_table(plan, frames),
+        unusual=unusual(frames),
+        figures={name: (caption, images[name]) for name, (caption, _) in FIGURES.items()},
+        notes=notes(plan, frames),
+        methods={name: plan.catalog.methods[name] for name in methods},
+        choices=frames.runs.groupby(["model", "task", "method"], sort=False)["optimizer"]
+        .first()
+        .reset_index(),
+        provenance=provenance(plan, frames),
+    )
+    write_text(folder / "index.html", text)

@@ -1,0 +1,169 @@
+"""The summary table, in Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from costbp.analysis.frames import CELL, Frames
+from costbp.config.study import Plan
+from costbp.files import write_text
+
+HEADERS = {
+    "model": "Model",
+    "task": "Task",
+    "method": "Method",
+    "accuracy": "Test accuracy, %",
+    "loss": "Test loss",
+    "steps": "Steps",
+    "units": "Forward units",
+    "flops": "FLOPs",
+    "seconds": "Train seconds",
+    "memory": "Peak memory beyond weights",
+    "outcome": "Outcome",
+}
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def si(value: float) -> str:
+    """``3.21 T`` for 3.21e12."""
+    for factor, prefix in PREFIXES:
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def mib(value: float) -> str:
+    """Bytes as MiB or KiB."""
+    return f"{value / 2**20:.1f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
+
+
+def spread(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:
+    """Mean with the seeds' minimum and maximum; a dash where there is nothing."""
+    known = values.dropna() * scale
+    if known.empty:
+        return "-"
+    if len(known) == 1:
+        return f"{known.iloc[0]:.{digits}f}"
+    return f"{known.mean():.{digits}f} ({known.min():.{digits}f}-{known.max():.{digits}f})"
+
+
+def numbers(frames: Frames) -> pd.DataFrame:
+    """One row an experiment with plain numbers: what the CSV holds."""
+    grouped = frames.runs.groupby(CELL, sort=False)
+    table = grouped.agg(
+        seeds=("seed", "count"),
+        d=("d", "max"),
+        majority=("majority", "max"),
+        test_accuracy_mean=("test_accuracy", "mean"),
+        test_accuracy_min=("test_accuracy", "min"),
+        test_accuracy_max=("test_accuracy", "max"),
+        test_loss_mean=("test_loss", "mean"),
+        best_validation_accuracy_mean=("best_validation_accuracy", "mean"),
+        steps=("steps", "mean"),
+        forward_units=("forward_units", "mean"),
+        flops=("flops", "mean"),
+        seconds_mean=("seconds", "mean"),
+        peak_bytes=("peak_bytes", "max"),
+        state_bytes=("state_bytes", "max"),
+        weights_bytes=("weights_bytes", "max"),
+        optimizer=("optimizer", "first"),
+        outcome=("outcome", lambda found: ", ".join(sorted(set(found)))),
+        commit=("commit", "first"),
+    )
+    return table.reset_index()
+
+
+def readable(plan: Plan, frames: Frames) -> pd.DataFrame:
+    """One row an experiment as text, for people."""
+    rows = []
+    for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False):
+        first = runs.iloc[0]
+        rows.append(
+            {
+                "model": plan.catalog.models[model].label,
+                "task": plan.catalog.tasks[task].label,
+                "method": plan.catalog.methods[method].label,
+                "accuracy": spread(runs["test_accuracy"], 100),
+                "loss": spread(runs["test_loss"], digits=2),
+                "steps": f"{runs['steps'].mean():.0f}",
+                "units": f"{runs['forward_units'].mean():,.0f}",
+                "flops": si(runs["flops"].mean()),
+                "seconds": spread(runs["seconds"], digits=1),
+                "memory": mib(first["peak_bytes"] + first["state_bytes"]),
+                "outcome": ", ".join(sorted(set(runs["outcome"]))),
+            }
+        )
+    return pd.DataFrame(rows, columns=list(HEADERS))
+
+
+def cost_table(plan: Plan, frames: Frames) -> pd.DataFrame:
+    """Cost of one optimiser step of every method, as text."""
+    rows = []
+    for row in frames.costs.itertuples():
+        forwards = row.seconds / row.forward_seconds if row.forward_seconds else math.nan
+        rows.append(
+            {
+                "Model": plan.catalog.models[row.model].label,
+                "Task": plan.catalog.tasks[row.task].label,
+                "Method": plan.catalog.methods[row.method].label,
+                "Forward units": f"{row.forward_units:.2f}",
+                "Closed form": f"{row.theory_units:g}",
+                "Time, forwards": f"{forwards:.1f}",
+                "FLOPs": si(row.flops),
+                "Peak beyond weights": mib(row.peak_bytes + row.state_bytes),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A GitHub table."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    lines += [
+        "| " + " | ".join(str(v) for v in row) + " |" for row in table.itertuples(index=False)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+ESCAPES = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#"})
+
+
+def latex(table: pd.DataFrame, caption: str) -> str:
+    """A booktabs table."""
+    columns = "l" * 3 + "r" * (len(table.columns) - 3)
+    rows = [
+        " & ".join(str(v).translate(ESCAPES) for v in row) for row in table.itertuples(index=False)
+    ]
+    head = " & ".join(str(name).translate(ESCAPES) for name in table.columns)
+    return (
+        "% needs \\usepackage{booktabs}\n"
+        f"\\begin{{table}}\n\\caption{{{caption.translate(ESCAPES)}}}\n"
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{head} \\\\\n\\midrule\n"
+        + " \\\\\n".join(rows)
+        + " \\\\\n\\bottomrule\n\\end{tabular}\n\\end{table}\n"
+    )
+
+
+def scale_line(plan: Plan) -> str:
+    """What the figures rest on, in one sentence."""
+    seeds = len(plan.study.seeds)
+    labels = [plan.catalog.budgets[b].label for b in dict.fromkeys(c.budget for c in plan.cells())]
+    return (
+        f"Study '{plan.name}' ({plan.study.scale} scale): {seeds} seeds, budgets of "
+        f"{' and '.join(labels)}; mean and, in brackets, range over seeds."
+    )
+
+
+def write(plan: Plan, frames: Frames, folder: Path) -> None:
+    """``summary.{md,csv,tex}`` and ``cost.{md,csv}``."""
+    caption = scale_line(plan)
+    table = readable(plan, frames).rename(columns=HEADERS)
+    write_text(folder / "summary.md", f"{caption}\n\n{markdown(table)}")
+    write_text(folder / "summary.csv", numbers(frames).to_csv(index=False))
+    write_text(folder / "summary.tex", latex(table, caption))
+    costs = cost_table(plan, frames)
+    write_text(folder / "cost.md", f"Cost of one optimiser step, on the CPU.\n\n{markdown(costs)}")
+    write_text(folder / "cost.csv", frames.costs.to_csv(index=False))

@@ -1,0 +1,1 @@
+"""Assets: models and data that come with packages."""

@@ -1,0 +1,407 @@
+"""The command line: what the workflow's rules call, and what people call by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from costbp import __version__
+from costbp.config.load import load_plan
+from costbp.config.study import Cell, Plan
+from costbp.errors import UserError, suggest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from assets; the hub is never asked
+
+app = typer.Typer(
+    help="What does avoiding backpropagation cost? Train, measure and compare BP, FmAD and ZO.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Config = Annotated[
+    list[Path] | None,
+    typer.Option("--config", "-c", help="Study file laid over config/config.yaml; repeatable."),
+]
+Frozen = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Resolved plan written by the Snakefile; replaces --config."),
+]
+Model = Annotated[str, typer.Option("--model", "-m", help="Name in the catalog's models.yaml.")]
+Task = Annotated[str, typer.Option("--task", "-t", help="Name in the catalog's tasks.yaml.")]
+Method = Annotated[str, typer.Option("--method", "-M", help="Name in the catalog's methods.yaml.")]
+Budget = Annotated[str, typer.Option("--budget", "-b", help="Name in the catalog's budgets.yaml.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Manifest to write, for the workflow.")]
+
+
+def _plan(config: Sequence[Path] | None, frozen: Path | None) -> Plan:
+    if frozen is None:
+        return load_plan(config or ())
+    try:
+        return Plan.model_validate_json(frozen.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{frozen}: is not a plan written by the Snakefile") from error
+
+
+def _known(plan: Plan, kind: str, name: str) -> None:
+    entries = getattr(plan.catalog, kind)
+    if name not in entries:
+        raise UserError(
+            f"{plan.study.catalog / kind}.yaml: no entry '{name}'; {suggest(name, entries)}"
+        )
+
+
+def _cell(plan: Plan, model: str, task: str, method: str, budget: str) -> Cell:
+    cell = Cell(model, task, method, budget)
+    for kind, name in zip(("models", "tasks", "methods", "budgets"), cell, strict=True):
+        _known(plan, kind, name)
+    return cell
+
+
+@app.command()
+def assets(
+    config: Config = None,
+    plan: Frozen = None,
+    only: Annotated[str | None, typer.Option(help="One asset instead of all.")] = None,
+    out: Out = None,
+) -> None:
+    """Fetch and check the models and data of a study; later stages work offline."""
+    from costbp.assets.fetch import fetch
+    from costbp.files import write_json
+
+    study = _plan(config, plan)
+    wanted = study.assets()
+    if only is not None and only not in wanted:
+        raise UserError(f"study '{study.name}' needs no asset '{only}'; {suggest(only, wanted)}")
+    for name, asset in wanted.items():
+        if only in (None, name):
+            folder = fetch(name, asset, study.study.paths.cache, say=_say)
+            print(f"{name}: {folder}")
+            if out is not None:
+                write_json(out, {"asset": name, "sha256": asset.sha256, "folder": str(folder)})
+
+
+@app.command()
+def prepare(
+    model: Model, task: Task, config: Config = None, plan: Frozen = None, out: Out = None
+) -> None:
+    """Encode the splits of a task for a model: token ids, or features of the frozen encoder."""
+    from costbp.files import write_json
+    from costbp.models.prepare import load_prepared
+    from costbp.models.prepare import prepare as encode
+
+    study = _plan(config, plan)
+    _known(study, "models", model)
+    _known(study, "tasks", task)
+    path = encode(study, model, task)
+    facts = load_prepared(path).facts
+    print(f"{path}: {facts['examples']}, majority {facts['majority']['test']:.3f} (test)")
+    if truncated := sum(facts["truncated"].values()):
+        limit = study.catalog.tasks[task].max_length
+        _say(f"{model}/{task}: {truncated} examples cut to {limit} tokens")
+    if out is not None:
+        write_json(out, {"file": str(path), **facts})
+
+
+@app.command()
+def train(
+    model: Model,
+    task: Task,
+    method: Method,
+    budget: Budget,
+    config: Config = None,
+    plan: Frozen = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Instead of the study's seeds.")] = None,
+    out: Out = None,
+) -> None:
+    """Run one experiment, seed after seed. Finished seeds are kept, interrupted ones continue."""
+    from costbp.train.experiment import run_specs, write_manifest
+    from costbp.train.record import Record
+
+    study = _plan(config, plan)
+    cell = _cell(study, model, task, method, budget)
+
+    def track_run(record: Record) -> None:
+        from costbp.tracking.mlflow_store import log_records
+
+        try:
+            log_records(study, [record])
+        except UserError as error:
+            _say(f"warning: {error}")
+
+    specs = [study.spec(cell, s) for s in (seed or study.study.seeds)]
+    records = run_specs(study, specs, done=track_run)
+    if out is not None:
+        write_manifest(out, cell, records, study.study.paths.store)
+
+
+@app.command()
+def tune(
+    model: Model,
+    task: Task,
+    method: Method,
+    budget: Budget,
+    config: Config = None,
+    plan: Frozen = None,
+    out: Out = None,
+) -> None:
+    """Run the tuning trials of one experiment on the validation split."""
+    from costbp.train.experiment import write_manifest
+    from costbp.train.tune import run_trials, score
+
+    study = _plan(config, plan)
+    cell = _cell(study, model, task, method, budget)
+    records = run_trials(study, cell)
+    for record in records:
+        print(f"{cell}: {record.spec.optimizer.name} {record.spec.optimizer.lr:g}: {score(record)}")
+    if out is not None:
+        write_manifest(out, cell, records, study.study.paths.store)
+
+
+@app.command()
+def tuned(config: Config = None, plan: Frozen = None, out: Out = None) -> None:
+    """Write the choices of all tuning trials to the study's tuning file."""
+    from costbp.train.tune import collect
+
+    study = _plan(config, plan)
+    collect(study, out or study.study.tuning.file)
+
+
+@app.command()
+def cost(
+    model: Model,
+    task: Task,
+    config: Config = None,
+    plan: Frozen = None,
+    method: Annotated[str, typer.Option(help="Comma-separated; default: the study's.")] = "",
+    out: Out = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects.")] = False,
+) -> None:
+    """Measure what one step of each method costs: FLOPs, forward units, seconds, peak bytes."""
+    from costbp.analysis.tables import mib, si
+    from costbp.measure.cost import measure_costs, write_costs
+
+    study = _plan(config, plan)
+    _known(study, "models", model)
+    _known(study, "tasks", task)
+    methods = [m for m in method.split(",") if m] or study.pairs().get((model, task), [])
+    for name in methods:
+        _known(study, "methods", name)
+    if not methods:
+        raise UserError(f"study '{study.name}' runs nothing on {model}/{task}: name --method")
+    entries = measure_costs(study, model, task, methods)
+    if out is not None:
+        write_costs(out, entries)
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    rows = [
+        (
+            e["method"],
+            f"{e['forward_units']:.2f}",
+            f"{e['theory_units']:g}",
+            si(e["flops"]),
+            f"{e['seconds'] / e['forward_seconds']:.1f}",
+            mib(e["peak_bytes"]),
+        )
+        for e in entries
+    ]
+    head = ("method", "forward units", "closed form", "FLOPs", "time, forwards", "peak")
+    _table(f"{model}/{task}, batch {entries[0]['batch']}, CPU", head, rows)
+
+
+@app.command()
+def aggregate(config: Config = None, plan: Frozen = None) -> None:
+    """Collect a study's records and cost files into tidy parquet tables."""
+    from costbp.analysis.frames import collect, save
+
+    study = _plan(config, plan)
+    save(collect(study), study.results)
+
+
+@app.command()
+def tables(config: Config = None, plan: Frozen = None) -> None:
+    """Write the summary and cost tables (Markdown, CSV, LaTeX)."""
+    from costbp.analysis import frames
+    from costbp.analysis.tables import write
+
+    study = _plan(config, plan)
+    write(study, frames.load(study.results), study.study.paths.reports / "tables")
+
+
+@app.command()
+def figures(config: Config = None, plan: Frozen = None) -> None:
+    """Draw the figures (PNG and PDF)."""
+    from costbp.analysis import frames
+    from costbp.analysis.figures import write
+
+    study = _plan(config, plan)
+    write(study, frames.load(study.results), study.study.paths.reports / "figures")
+
+
+@app.command()
+def claims(config: Config = None, plan: Frozen = None) -> None:
+    """Hold every claim against the runs; verdicts are computed."""
+    from costbp.analysis import frames
+    from costbp.analysis.report import write_claims
+
+    study = _plan(config, plan)
+    write_claims(study, frames.load(study.results), study.study.paths.reports)
+
+
+@app.command()
+def report(config: Config = None, plan: Frozen = None) -> None:
+    """Write the self-contained page index.html from tables, figures and claims."""
+    from costbp.analysis import frames
+    from costbp.analysis.report import write_page
+
+    study = _plan(config, plan)
+    write_page(study, frames.load(study.results), study.study.paths.reports)
+    print(study.study.paths.reports / "index.html")
+
+
+@app.command()
+def track(
+    config: Config = None,
+    plan: Frozen = None,
+    create: Annotated[bool, typer.Option("--create", help="Only create the database.")] = False,
+    out: Out = None,
+) -> None:
+    """Bring MLflow up to date with the run store; logs nothing twice."""
+    from costbp.files import write_json
+    from costbp.tracking.mlflow_store import experiment_id, log_records, tracking_uri
+    from costbp.train.record import read_record
+
+    study = _plan(config, plan)
+    uri = tracking_uri(study)
+    if create:
+        experiment_id(study, uri)
+    else:
+        specs = [spec for cell in study.cells() for spec in study.specs(cell)]
+        folders = [spec.folder(study.study.paths.store) for spec in specs]
+        records = [r for r in map(read_record, folders) if r is not None]
+        print(f"{log_records(study, records)} of {len(records)} runs added to {uri}")
+    if out is not None:
+        write_json(out, {"study": study.name})
+
+
+@app.command()
+def ui(
+    config: Config = None,
+    plan: Frozen = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Start the MLflow UI on the study's runs."""
+    from costbp.tracking.ui import serve
+
+    serve(_plan(config, plan), port)
+
+
+@app.command()
+def status(
+    config: Config = None,
+    plan: Frozen = None,
+    every: Annotated[bool, typer.Option("--runs", help="List every run.")] = False,
+) -> None:
+    """Show a study's runs: done, running, waiting, failed, and the time left."""
+    from costbp.status import counts, seconds_left, statuses
+
+    study = _plan(config, plan)
+    found = statuses(study)
+    tally = ", ".join(f"{count} {state}" for state, count in counts(found).items())
+    print(f"{study.name}: {len(found)} runs: {tally}")
+    left = seconds_left(found)
+    if left:
+        cores = os.cpu_count() or 1
+        print(
+            f"about {left / 60:.0f} core minutes left ({left / 60 / cores:.0f} min on {cores} cores)"
+        )
+    shown = [run for run in found if every or run.state not in ("done", "waiting")]
+    if shown:
+        rows = [
+            (
+                "/".join(r.cell),
+                str(r.seed),
+                r.outcome or r.state,
+                f"{100 * r.fraction:.0f} %",
+                f"{r.seconds:.0f}",
+            )
+            for r in shown
+        ]
+        _table("", ("experiment", "seed", "state", "budget", "seconds"), rows)
+
+
+@app.command(name="list")
+def list_entries(config: Config = None) -> None:
+    """List the catalog: methods, models, tasks, budgets, and the study's experiments."""
+    study = load_plan(config or ())
+    for kind in ("methods", "models", "tasks", "budgets"):
+        entries = getattr(study.catalog, kind)
+        _table(
+            kind,
+            ("name", "label", "notes"),
+            [(n, e.label, e.notes or "") for n, e in entries.items()],
+        )
+    print(
+        f"study {study.name}: {sum(1 for _ in study.cells())} experiments x {len(study.study.seeds)} seeds"
+    )
+
+
+@app.command()
+def validate(config: Config = None) -> None:
+    """Check a study and the catalog; exit code 0 means every reference is good."""
+    study = load_plan(config or ())
+    print(
+        f"{study.name}: {sum(1 for _ in study.cells())} experiments, {len(study.study.seeds)} seeds, valid"
+    )
+
+
+@app.command()
+def schemas(folder: Annotated[Path, typer.Argument()] = Path("workflow/schemas")) -> None:
+    """Write the JSON schemas of the configuration files."""
+    from costbp.config.schemas import write
+
+    for path in write(folder):
+        print(path)
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index < 2 else "right" if title == "" else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        print(f"costbp {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on stderr and a non-zero exit code."""
+    try:
+        app()
+    except UserError as error:
+        _say(f"costbp: {error}")
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        _say("costbp: interrupted")
+        sys.exit(130)

@@ -1,0 +1,240 @@
+"""Reading configuration: overlays, cross references, and errors that a user can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from costbp.config.catalog import Catalog, OptimizerSpec, Strict
+from costbp.config.study import Plan, Study
+from costbp.errors import UserError, suggest
+
+DEFAULT = Path("config/config.yaml")
+Model = TypeVar("Model", bound=BaseModel)
+Loc = tuple[int | str, ...]
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse one YAML file.
+
+    Raises:
+        UserError: the file is missing or is not YAML; names file and line.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file (run from the repository's root)") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(
+            f"{path}:{where} is not valid YAML ({getattr(error, 'problem', error)})"
+        ) from error
+
+
+def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``top`` laid over it: mappings merge, anything else (lists too) is replaced."""
+    merged = dict(deepcopy(base))
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = overlay(merged[key], value) if both else deepcopy(value)
+    return merged
+
+
+def dotted(loc: Loc) -> str:
+    """``experiments[0].methods[2]`` from pydantic's location tuple."""
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _value_at(data: Any, loc: Loc) -> Any:
+    for part in loc:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
+
+
+def _fields_at(model: type[BaseModel], loc: Loc) -> list[str]:
+    """The keys allowed at ``loc``, found by walking the models' annotations."""
+    models: list[type[BaseModel]] = [model]
+    for part in loc:
+        reached: list[type[BaseModel]] = []
+        for candidate in models:
+            field = candidate.model_fields.get(str(part))
+            if field is not None:
+                reached += _models_in(field.annotation)
+            elif isinstance(part, int) or candidate.__name__.lower().startswith(str(part)):
+                reached.append(candidate)
+            else:  # a dictionary's key or a union's tag: stay
+                reached.append(candidate)
+        models = reached
+    return sorted({name for candidate in models for name in candidate.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]
+
+
+def _blame(sources: Sequence[tuple[Path, Any]], loc: Loc) -> Path:
+    """The last file that sets the key (or the nearest parent of it)."""
+    for depth in range(len(loc), 0, -1):
+        for path, data in reversed(sources):
+            if _value_at(data, loc[:depth]) is not None:
+                return path
+    return sources[-1][0]
+
+
+def validate(model: type[Model], data: Any, sources: Sequence[tuple[Path, Any]]) -> Model:
+    """Validate ``data``, whose parts come from ``sources`` (file, content), into ``model``.
+
+    Raises:
+        UserError: one line naming file, key, value and what is allowed.
+    """
+    try:
+        return TypeAdapter(model).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(_explain(model, data, sources, first, error.error_count())) from None
+
+
+def _explain(
+    model: type[BaseModel],
+    data: Any,
+    sources: Sequence[tuple[Path, Any]],
+    problem: Any,
+    count: int,
+) -> str:
+    loc: Loc = tuple(problem["loc"])
+    plain = tuple(p for p in loc if _value_at(data, loc[: loc.index(p)]) is not None or p == loc[0])
+    file, kind, context = _blame(sources, plain), problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        allowed = _fields_at(model, loc[:-1])
+        text = f"unknown key '{dotted(plain)}'; {suggest(loc[-1], allowed)}"
+    elif kind == "missing":
+        text = f"key '{dotted(loc)}' is missing"
+    elif kind in ("literal_error", "union_tag_invalid"):
+        expected = str(context.get("expected") or context.get("expected_tags"))
+        allowed = [part.strip(" '\"") for part in expected.replace(" or ", ",").split(",")]
+        value = context.get("tag", problem["input"])
+        text = f"{dotted(plain)} = '{value}' is not known; {suggest(value, allowed)}"
+    else:
+        value = problem["input"]
+        shown = "" if isinstance(value, Mapping | list | tuple) else f" = {value!r}"
+        message = problem["msg"].removeprefix("Value error, ")
+        text = f"{dotted(plain) or 'file'}{shown}: {message[0].lower()}{message[1:]}"
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    return f"{file}: {text}{more}"
+
+
+def load_catalog(folder: Path) -> Catalog:
+    """Read ``methods, models, tasks, budgets, assets`` from a catalog folder and check references."""
+    data, sources = {}, {}
+    for kind in Catalog.model_fields:
+        path = folder / f"{kind}.yaml"
+        sources[kind] = path
+        data[kind] = read_yaml(path)
+    wrapped = [(sources[kind], {kind: data[kind]}) for kind in data]
+    catalog = validate(Catalog, data, wrapped)
+    for kind in ("models", "tasks"):
+        for name, entry in getattr(catalog, kind).items():
+            if entry.asset and entry.asset not in catalog.assets:
+                raise UserError(
+                    f"{sources[kind]}: {name}: asset '{entry.asset}' is not in assets.yaml; "
+                    f"{suggest(entry.asset, catalog.assets)}"
+                )
+    for name, task in catalog.tasks.items():
+        if find_spec(f"costbp.tasks.{task.loader}") is None:
+            modules = Path(__file__).parent.parent / "tasks"
+            names = sorted(p.stem for p in modules.glob("[!_]*.py") if p.stem != "base")
+            raise UserError(
+                f"{sources['tasks']}: {name}.loader = '{task.loader}' is not a module of "
+                f"costbp/tasks; {suggest(task.loader, names)}"
+            )
+    return catalog
+
+
+class _TunedFile(Strict):
+    about: str = ""
+    choices: dict[str, dict[str, dict[str, OptimizerSpec]]]
+
+
+def load_plan(
+    overlays: Sequence[Path] = (), merged: Mapping[str, Any] | None = None, base: Path = DEFAULT
+) -> Plan:
+    """The plan of a study: ``base`` with ``overlays`` on top, its catalog and its tuned choices.
+
+    Args:
+        overlays: configuration files laid over ``base`` in order.
+        merged: Snakemake's already merged configuration; replaces the files' content, the files
+            then only serve to say where a mistake stands.
+        base: the default study.
+
+    Raises:
+        UserError: any mistake, in one line naming file, key, value and the allowed values.
+    """
+    sources = [(path, read_yaml(path)) for path in dict.fromkeys([base, *overlays])]
+    data: Mapping[str, Any] = {}
+    for path, content in sources:
+        if not isinstance(content, Mapping):
+            raise UserError(f"{path}: must hold keys and values, not a {type(content).__name__}")
+        data = overlay(data, content)
+    if merged is not None:
+        data = merged
+        if any(_value_at(data, (key,)) != value for key, value in _flatten(sources).items()):
+            sources.append((Path("--config"), _beyond(sources, merged)))
+    study = validate(Study, data, sources)
+    catalog = load_catalog(study.catalog)
+    for index, block in enumerate(study.experiments):
+        for kind in Catalog.model_fields:
+            for place, name in enumerate(getattr(block, kind, ())):
+                if name not in getattr(catalog, kind):
+                    loc = ("experiments", index, kind, place)
+                    raise UserError(
+                        f"{_blame(sources, loc)}: {dotted(loc)} = '{name}' is not in "
+                        f"{study.catalog / kind}.yaml; {suggest(name, getattr(catalog, kind))}"
+                    )
+    tuned = {}
+    if study.tuning.file.exists():
+        content = read_yaml(study.tuning.file)
+        tuned = validate(_TunedFile, content, [(study.tuning.file, content)]).choices
+    plan = Plan(study=study, catalog=catalog, tuned=tuned)
+    _check_trials(plan)
+    return plan
+
+
+def _check_trials(plan: Plan) -> None:
+    """Fairness: every method of a study has the same number of trials."""
+    counts = {cell.method: len(plan.catalog.methods[cell.method].trials) for cell in plan.cells()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(
+            f"{plan.study.catalog}/methods.yaml: methods of one study need the same number of "
+            f"tuning trials, found {listed}"
+        )
+
+
+def _flatten(sources: Sequence[tuple[Path, Any]]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for _, content in sources:
+        data = overlay(data, content)
+    return data
+
+
+def _beyond(sources: Sequence[tuple[Path, Any]], merged: Mapping[str, Any]) -> dict[str, Any]:
+    """The top-level keys of ``merged`` that no file accounts for."""
+    known = _flatten(sources)
+    return {key: value for key, value in merged.items() if known.get(key) != value}

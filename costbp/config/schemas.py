@@ -1,0 +1,33 @@
+"""JSON schemas for editors, generated from the pydantic models (a test keeps them in step)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import TypeAdapter
+
+from costbp.config.catalog import Catalog
+from costbp.config.study import Study
+
+
+def schemas() -> dict[str, str]:
+    """File name -> JSON schema text, for the study file and each catalog file."""
+    models: dict[str, TypeAdapter[Any]] = {"study": TypeAdapter(Study)}
+    for kind, field in Catalog.model_fields.items():
+        models[kind] = TypeAdapter(dict[str, get_args(field.annotation)[1]])  # type: ignore[misc]
+    return {
+        f"{name}.schema.json": json.dumps(adapter.json_schema(), indent=2) + "\n"
+        for name, adapter in models.items()
+    }
+
+
+def write(folder: Path) -> list[Path]:
+    """Write all schemas to ``folder``; returns their paths."""
+    paths = []
+    for name, text in schemas().items():
+        path = folder / name
+        path.write_text(text, encoding="utf-8")
+        paths.append(path)
+    return paths

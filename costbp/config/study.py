@@ -1,0 +1,260 @@
+"""A study (what is compared) and the run spec (one seed of one experiment, frozen)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from costbp.config.catalog import (
+    AssetEntry,
+    BudgetEntry,
+    Catalog,
+    MethodEntry,
+    ModelEntry,
+    OptimizerSpec,
+    Strict,
+    TaskEntry,
+    short_hash,
+)
+
+FORMAT = 1  # raised when the meaning of a run changes, so that old records are not mistaken for new
+
+
+class Cell(NamedTuple):
+    """One experiment: the four names that multiply."""
+
+    model: str
+    task: str
+    method: str
+    budget: str
+
+    def __str__(self) -> str:
+        return "/".join(self)
+
+
+class Block(Strict):
+    """A block of experiments: the product of its lists."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    tasks: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[str, ...] = Field(min_length=1)
+    budgets: tuple[str, ...] = Field(min_length=1)
+
+
+class Evaluation(Strict):
+    """When a run is evaluated, and when it counts as diverged."""
+
+    points: tuple[float, ...] = Field(
+        min_length=1, description="Fractions of the budget at which the validation split is scored."
+    )
+    batch_size: int = Field(64, ge=1)
+    diverged_at: float = Field(
+        10.0, gt=1, description="Smoothed training loss over its first value that ends a run."
+    )
+
+
+class Tuning(Strict):
+    """How learning rates are chosen."""
+
+    file: Path = Field(description="Committed choices; read when present.")
+    fraction: float = Field(0.5, gt=0, le=1, description="Share of the budget a trial gets.")
+    seed: int = Field(1000, description="Seed of the trials, outside the study's seeds.")
+
+
+class Resources(Strict):
+    """What a training job asks of a cluster; without a scheduler only `gpu` matters."""
+
+    gpu: int = Field(0, ge=0, description="GPUs of a training job.")
+    mem_mb: int = Field(2500, ge=100, description="Memory of a training job.")
+    runtime: int = Field(60, ge=1, description="Minutes a training job may take.")
+
+
+class Paths(Strict):
+    """Folders, relative to the working directory."""
+
+    store: Path = Field(Path("runs"), description="Run store, shared by all studies.")
+    cache: Path = Field(Path("cache"), description="Assets and prepared data.")
+    results: Path = Field(Path("results"), description="Manifests and tidy tables, by study.")
+    reports: Path = Field(Path("reports"), description="What people read.")
+    mlflow: Path = Field(Path("mlflow"), description="Local MLflow database and artifacts.")
+
+
+class Study(Strict):
+    """What a configuration file holds."""
+
+    study: str = Field(pattern="^[A-Za-z0-9_-]+$", description="Name of the study.")
+    description: str = ""
+    scale: str = Field("reduced", description="`reduced` or `full`: how verdicts are worded.")
+    catalog: Path = Field(Path("config/catalog"), description="Folder of the catalog.")
+    claims: Path = Field(Path("config/claims.yaml"), description="Claims to be tested.")
+    seeds: tuple[int, ...] = Field(min_length=1)
+    experiments: tuple[Block, ...] = Field(min_length=1)
+    evaluation: Evaluation
+    tuning: Tuning
+    paths: Paths = Paths()
+    resources: Resources = Resources()
+    device: str = Field("auto", description="`auto`, `cpu` or `cuda`.")
+
+
+class RunSpec(Strict):
+    """Everything that decides the numbers of one run. Its hash names the run."""
+
+    cell: tuple[str, str, str, str]
+    model: ModelEntry
+    task: TaskEntry
+    method: MethodEntry
+    budget: BudgetEntry
+    optimizer: OptimizerSpec
+    evaluation: Evaluation
+    seed: int
+    assets: dict[str, str] = Field(description="Asset name -> SHA-256 of its carrier.")
+
+    def identity(self) -> dict[str, Any]:
+        entries = {name: getattr(self, name) for name in ("model", "task", "method", "budget")}
+        return {
+            "format": FORMAT,
+            **{name: entry.identity() for name, entry in entries.items()},
+            "optimizer": self.optimizer.model_dump(mode="json"),
+            "evaluation": self.evaluation.model_dump(mode="json"),
+            "seed": self.seed,
+            "assets": self.assets,
+        }
+
+    @property
+    def hash(self) -> str:
+        return short_hash(self.identity())
+
+    def folder(self, store: Path) -> Path:
+        """The run's folder in the store."""
+        return store.joinpath(*self.cell, f"seed={self.seed}-{self.hash}")
+
+
+class Plan(Strict):
+    """A validated study together with its catalog and tuned choices: what every command works on."""
+
+    study: Study
+    catalog: Catalog
+    tuned: dict[str, dict[str, dict[str, OptimizerSpec]]] = Field(
+        default_factory=dict, description="model -> task -> method -> choice"
+    )
+
+    @property
+    def name(self) -> str:
+        return self.study.study
+
+    @property
+    def results(self) -> Path:
+        return self.study.paths.results / self.name
+
+    def cells(self) -> Iterator[Cell]:
+        """Every experiment once, in the order of the configuration."""
+        seen = set()
+        for block in self.study.experiments:
+            for model in block.models:
+                for task in block.tasks:
+                    for budget in block.budgets:
+                        for method in block.methods:
+                            cell = Cell(model, task, method, budget)
+                            if cell not in seen:
+                                seen.add(cell)
+                                yield cell
+
+    def pairs(self) -> dict[tuple[str, str], list[str]]:
+        """(model, task) -> the methods the study runs on it."""
+        pairs: dict[tuple[str, str], list[str]] = {}
+        for cell in self.cells():
+            methods = pairs.setdefault((cell.model, cell.task), [])
+            if cell.method not in methods:
+                methods.append(cell.method)
+        return pairs
+
+    def assets(self) -> dict[str, AssetEntry]:
+        """The assets that the study's models and tasks need."""
+        names = {
+            asset
+            for model, task in self.pairs()
+            for asset in (self.catalog.models[model].asset, self.catalog.tasks[task].asset)
+            if asset
+        }
+        return {name: self.catalog.assets[name] for name in sorted(names)}
+
+    def assets_of(self, model: str, task: str) -> dict[str, str]:
+        """Asset name -> checksum, for one pair of model and task."""
+        names = (self.catalog.models[model].asset, self.catalog.tasks[task].asset)
+        return {name: self.catalog.assets[name].sha256 for name in names if name}
+
+    def prepared(self, model: str, task: str) -> Path:
+        """Where the pair's encoded splits are cached. Models that share source and form share it."""
+        entry, data = self.catalog.models[model], self.catalog.tasks[task]
+        key = {
+            "source": entry.source.model_dump(mode="json"),
+            "pooling": entry.pooling if entry.reads_features else None,
+            "task": data.model_copy(update={"batch_size": 1}).identity(),
+            "assets": self.assets_of(model, task),
+        }
+        return self.study.paths.cache / "prepared" / f"{task}-{short_hash(key)}.safetensors"
+
+    def cost_keys(self, model: str, task: str) -> list[str]:
+        """Hashes of what the cost of each of the pair's methods depends on."""
+        return [self.cost_key(model, task, method) for method in self.pairs()[model, task]]
+
+    def cost_key(self, model: str, task: str, method: str) -> str:
+        """Hash of what the cost of a step depends on."""
+        catalog = self.catalog
+        entries = (catalog.models[model], catalog.tasks[task], catalog.methods[method])
+        identity = [entry.identity() for entry in entries]
+        return short_hash([FORMAT, self.assets_of(model, task), *identity])
+
+    def labels(self) -> str:
+        """Hash of the texts that reports show and runs don't depend on."""
+        kinds = ("methods", "models", "tasks", "budgets")
+        texts = {
+            kind: {
+                name: [entry.label, entry.citation, entry.notes]
+                for name, entry in getattr(self.catalog, kind).items()
+            }
+            for kind in kinds
+        }
+        return short_hash([texts, self.study.description, self.study.scale])
+
+    def optimizer(self, cell: Cell) -> tuple[OptimizerSpec, str]:
+        """The optimiser of an experiment, and where the choice comes from."""
+        choice = self.tuned.get(cell.model, {}).get(cell.task, {}).get(cell.method)
+        if choice is not None:
+            return choice, str(self.study.tuning.file)
+        return self.catalog.methods[cell.method].optimizer, "catalog default"
+
+    def spec(self, cell: Cell, seed: int) -> RunSpec:
+        """The frozen spec of one seed of one experiment."""
+        return RunSpec(
+            cell=tuple(cell),
+            model=self.catalog.models[cell.model],
+            task=self.catalog.tasks[cell.task],
+            method=self.catalog.methods[cell.method],
+            budget=self.catalog.budgets[cell.budget],
+            optimizer=self.optimizer(cell)[0],
+            evaluation=self.study.evaluation,
+            seed=seed,
+            assets=self.assets_of(cell.model, cell.task),
+        )
+
+    def specs(self, cell: Cell) -> list[RunSpec]:
+        return [self.spec(cell, seed) for seed in self.study.seeds]
+
+    def trial_specs(self, cell: Cell) -> list[RunSpec]:
+        """One short run per trial of the method, scored on the validation split alone."""
+        tuning = self.study.tuning
+        return [
+            self.spec(cell, tuning.seed).model_copy(
+                update={
+                    "cell": (*cell[:3], f"{cell.budget}.tune"),
+                    "budget": self.catalog.budgets[cell.budget].scaled(tuning.fraction),
+                    "optimizer": trial,
+                    "evaluation": self.study.evaluation.model_copy(update={"points": (1.0,)}),
+                }
+            )
+            for trial in self.catalog.methods[cell.method].trials
+        ]

@@ -1,0 +1,22 @@
+"""The one exception a user is meant to see, and the nearest-match hint it often carries."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The CLI prints its text as one line and exits with ``code``."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def suggest(value: object, allowed: Iterable[str]) -> str:
+    """``allowed: a, b, c; did you mean 'b'?`` - the second half only where something is near."""
+    names = [str(name) for name in allowed]
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"allowed: {', '.join(names)}{hint}"

@@ -1,0 +1,28 @@
+"""Reverse mode. A memory plan may trade activations for recomputation; gradients don't change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from costbp.estimators.base import Estimate
+from costbp.estimators.memory_plans import MemoryPlan
+from costbp.objective import Batch, Key, Objective
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """Backpropagation under a memory plan.
+
+    Cost with a frozen base and adapters: forward 1 + activation gradient 1 = 2 forward units;
+    one more forward for what the plan recomputes.
+    """
+
+    plan: MemoryPlan
+    batches_per_step: int = 1
+
+    def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
+        (batch,) = batches
+        with objective.noise(key), self.plan(objective.module):
+            loss, gradient = objective.gradient(batch)
+        return Estimate(gradient, loss, gradient.new_empty(0))

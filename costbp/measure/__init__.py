@@ -1,0 +1,1 @@
+"""Cost, measured: FLOPs, forward units, peak bytes, wall time."""

@@ -1,0 +1,78 @@
+"""Cost of a step of each method on one (model, task): counted, timed, and held against theory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from costbp.config.study import Plan
+from costbp.files import write_json
+from costbp.measure.step import forward_only, median_seconds
+from costbp.models.build import build_model
+from costbp.models.prepare import load_prepared, prepare
+from costbp.objective import Key
+from costbp.theory.cost import forward_units
+from costbp.train.loop import Run
+
+
+def measure_costs(
+    plan: Plan, model: str, task: str, methods: Sequence[str]
+) -> list[dict[str, Any]]:
+    """One entry per method, from the cache where it was measured before.
+
+    An entry holds ``model, task, method, forward_units, theory_units, flops, forward_flops,
+    peak_bytes, state_bytes, weights_bytes, d, seconds, forward_seconds, batch, seq, device``.
+    FLOPs and units are those of one optimiser step, ``peak_bytes`` is beyond weights, gradient
+    and optimiser state, ``seconds`` are medians on the CPU.
+    """
+    folder = plan.study.paths.cache / "cost" / model / task
+    entries = []
+    for method in methods:
+        path = folder / f"{method}-{plan.cost_key(model, task, method)}.json"
+        if not path.exists():
+            write_json(path, _measure(plan, model, task, method))
+        entries.append(json.loads(path.read_text()))
+    return entries
+
+
+def _measure(plan: Plan, model: str, task: str, method: str) -> dict[str, Any]:
+    cell = next(c for c in plan.cells() if (c.model, c.task, c.method) == (model, task, method))
+    spec = plan.spec(cell, seed=0)
+    data = load_prepared(prepare(plan, model, task))
+    assets = plan.study.paths.cache / "assets"
+    module = build_model(spec.model, len(data.names), assets, 0, data.width)
+    run = Run(spec, module, data, torch.device("cpu"))
+    batches, key = run.batches(), Key(0, 0)
+    cost = run.cost_of(batches, key)
+    seconds = median_seconds(lambda: run.estimator.estimate(run.objective, batches, key))
+    forward = median_seconds(lambda: forward_only(run.objective, batches[0]))
+    run.step(batches, key, cost)  # so that the optimiser's state exists
+    summary = run.summary(test=False)
+    ids = batches[0].get("input_ids")
+    return {
+        "model": model,
+        "task": task,
+        "method": method,
+        "forward_units": cost.units,
+        "theory_units": forward_units(spec.method),
+        "flops": cost.flops,
+        "forward_flops": cost.forward_flops,
+        "peak_bytes": cost.peak_bytes,
+        "state_bytes": summary.state_bytes,
+        "weights_bytes": summary.weights_bytes,
+        "d": summary.d,
+        "seconds": seconds,
+        "forward_seconds": forward,
+        "batch": spec.task.batch_size,
+        "seq": 0 if ids is None else ids.shape[1],
+        "device": "cpu",
+    }
+
+
+def write_costs(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Store a pair's entries as the rule's output."""
+    write_json(path, list(entries))

@@ -1,0 +1,1 @@
+"""Tasks: one module each, with ``read(folder) -> Examples``."""

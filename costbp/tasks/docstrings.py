@@ -1,0 +1,55 @@
+"""Which library does this paragraph document? 4 classes, read from installed packages.
+
+Needs no download. Texts are first paragraphs of docstrings, with the libraries' names masked;
+they change with the installed versions, which ``constraints.txt`` fixes.
+"""
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from costbp.errors import UserError
+from costbp.tasks.base import Examples, distinct
+
+NAMES = ("pandas", "scipy", "matplotlib", "sklearn")
+PER_CLASS = 700
+LENGTH = range(60, 400)  # characters
+MASK = re.compile(r"\b(pandas|pd|scipy|matplotlib|mpl|plt|pyplot|sklearn|scikit-learn)\b", re.I)
+
+
+def read(folder: Path) -> Examples:
+    """Up to 700 paragraphs of each library.
+
+    Raises:
+        UserError: one of the libraries is not installed.
+    """
+    pairs = []
+    for name in NAMES:
+        spec = find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"task 'docstrings' reads the package '{name}': pip install {name}")
+        found: dict[str, None] = {}
+        for path in _shuffled(Path(spec.submodule_search_locations[0])):
+            found.update(dict.fromkeys(_paragraphs(path)))
+            if len(found) >= PER_CLASS:
+                break
+        pairs += [(text, name) for text in list(found)[:PER_CLASS]]
+    return distinct(pairs, NAMES)
+
+
+def _shuffled(root: Path) -> list[Path]:
+    """The package's modules in an order that mixes its parts and never changes."""
+    files = [path for path in root.rglob("*.py") if "tests" not in path.parts]
+    return sorted(files, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    kinds = (ast.FunctionDef, ast.ClassDef, ast.Module)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            paragraph = " ".join(MASK.sub("_", text.split("\n\n")[0]).split())
+            if len(paragraph) in LENGTH:
+                yield paragraph

@@ -1,0 +1,1 @@
+"""What theory predicts; tests and reports hold measurements against it."""

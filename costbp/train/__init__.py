@@ -1,0 +1,1 @@
+"""Training: the loop, run records, devices, progress."""

@@ -1,0 +1,327 @@
+"""The one training loop: it runs any estimator on one vector, until a budget is spent.
+
+A run's state is (theta, optimiser state, counters, rows). Data order, directions, dropout masks
+and initial weights are functions of (seed, step), so a resumed run continues bit-equal.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from costbp.config.catalog import OptimizerSpec
+from costbp.config.study import RunSpec
+from costbp.estimators import Estimate, build_estimator
+from costbp.measure.step import StepCost, step_cost
+from costbp.models.prepare import Prepared
+from costbp.objective import Batch, Key, Objective
+from costbp.tasks.base import Split
+from costbp.train.record import Outcome, Summary
+
+SMOOTHING = 0.9  # of the training loss that decides on divergence
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state has been saved."""
+
+
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy [] of ``logits`` [n, classes], in float32 or wider."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits, batch["labels"])
+
+
+def build_optimizer(theta: Tensor, spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """A torch optimiser that steps the flat vector."""
+    if spec.name == "adamw":
+        return torch.optim.AdamW([theta], lr=spec.lr, weight_decay=spec.weight_decay)
+    return torch.optim.SGD(
+        [theta], lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
+    )
+
+
+class BatchStream:
+    """Training batches by number: epoch after epoch, each in an order of its own; an incomplete
+    last batch is left out. Batch i is a function of (seed, i)."""
+
+    def __init__(self, split: Split, batch_size: int, seed: int) -> None:
+        self.split, self.size, self.seed = split, batch_size, seed
+        self.per_epoch = len(split) // batch_size
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, place = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            generator = Key(self.seed, epoch, 1).generator()
+            self._order = torch.randperm(len(self.split), generator=generator)
+            self._epoch = epoch
+        return self.split.batch(self._order[place * self.size : (place + 1) * self.size])
+
+
+@dataclass
+class State:
+    """Counters and rows of a run so far; all of it goes into a checkpoint."""
+
+    step: int = 0
+    units: float = 0.0
+    flops: int = 0
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    peak_bytes: int = 0
+    non_finite: int = 0
+    resumed: int = 0
+    evaluated: int = 0  # evaluation points passed
+    first_loss: float | None = None
+    smooth_loss: float | None = None
+    rows: list[dict[str, float | int | None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher is told after each step."""
+
+    fraction: float
+    state: State
+    loss: float
+    accuracy: float | None
+
+
+Watcher = Callable[[Progress], None]
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, batches: Iterator[Batch]) -> tuple[float, float]:
+    """Accuracy and mean loss over ``batches``, in evaluation mode."""
+    was_training = module.training
+    module.eval()
+    right = count = 0
+    loss = 0.0
+    for batch in batches:
+        logits = module(batch)
+        labels = batch["labels"]
+        right += int((logits.argmax(-1) == labels).sum())
+        loss += float(cross_entropy(logits, batch)) * len(labels)
+        count += len(labels)
+    module.train(was_training)
+    return right / count, loss / count
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return batch if device.type == "cpu" else {k: v.to(device) for k, v in batch.items()}
+
+
+class Run:
+    """One seed of one experiment.
+
+    Args:
+        spec: the frozen spec.
+        module: what is trained.
+        data: encoded splits.
+        device: where it runs.
+    """
+
+    def __init__(
+        self, spec: RunSpec, module: nn.Module, data: Prepared, device: torch.device
+    ) -> None:
+        self.spec, self.data, self.device = spec, data, device
+        self.module = module.to(device)
+        self.objective = Objective(self.module, cross_entropy)
+        self.estimator = build_estimator(spec.method)
+        self.optimizer = build_optimizer(self.objective.theta, spec.optimizer)
+        self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
+        self.state = State()
+        self._costs: dict[tuple[Any, ...], StepCost] = {}
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        return {
+            "hash": self.spec.hash,
+            "theta": self.objective.theta,
+            "optimizer": self.optimizer.state_dict(),
+            "state": vars(self.state),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``.
+
+        Raises:
+            ValueError: it was saved by a run with another spec.
+        """
+        if saved["hash"] != self.spec.hash:
+            raise ValueError("the checkpoint belongs to another run")
+        self.objective.theta.copy_(saved["theta"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.state = State(**saved["state"])
+        self.state.resumed += 1
+
+    # --- one step ------------------------------------------------------------------------------
+
+    def batches(self) -> list[Batch]:
+        """The batches of the next step."""
+        n = self.estimator.batches_per_step
+        first = self.state.step * n
+        return [to_device(self.stream[first + i], self.device) for i in range(n)]
+
+    def cost_of(self, batches: list[Batch], key: Key) -> StepCost:
+        """Cost of a step on batches of these shapes: counted at the first occurrence, on a step
+        that is then thrown away."""
+        shape = tuple(tuple(t.shape) for batch in batches for t in batch.values())
+        if shape not in self._costs:
+            self._costs[shape] = step_cost(self.estimator, self.objective, batches, key)
+        return self._costs[shape]
+
+    def spent(self, ahead: StepCost | None = None) -> float:
+        """Share of the budget spent, including a step ``ahead``."""
+        budget, state = self.spec.budget, self.state
+        if budget.forward_units is None:
+            return (state.step + (ahead is not None)) / budget.amount
+        return (state.units + (ahead.units if ahead else 0.0)) / budget.amount
+
+    def step(self, batches: list[Batch], key: Key, cost: StepCost) -> Estimate:
+        """One estimate and one optimiser step, timed."""
+        state = self.state
+        start = self._clock()
+        estimate = self.estimator.estimate(self.objective, batches, key)
+        self.objective.theta.grad = estimate.gradient
+        self.optimizer.step()
+        state.seconds += self._clock() - start
+        state.step += 1
+        state.units += cost.units
+        state.flops += cost.flops
+        state.peak_bytes = max(state.peak_bytes, cost.peak_bytes)
+        state.non_finite += estimate.non_finite
+        return estimate
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    # --- the loop ------------------------------------------------------------------------------
+
+    def train(self, watch: Watcher) -> tuple[Outcome, str]:
+        """Spend the budget. The last step is the last that fits into it."""
+        state, points = self.state, self.spec.evaluation.points
+        accuracy = None
+        while True:
+            key = Key(self.spec.seed, state.step)
+            batches = self.batches()
+            cost = self.cost_of(batches, key)
+            if self.spent(cost) > 1 + 1e-9:
+                break
+            while state.evaluated < len(points) and points[state.evaluated] <= self.spent() + 1e-12:
+                accuracy = self._evaluate()
+                state.evaluated += 1
+            estimate = self.step(batches, key, cost)
+            loss = float(estimate.loss)
+            self._log(estimate, loss)
+            outcome = self._diverged(loss)
+            watch(Progress(self.spent(), state, loss, accuracy))
+            if outcome:
+                return "diverged", outcome
+        if not state.step:
+            raise ValueError(
+                f"the budget of {self.spec.budget.amount:g} {self.spec.budget.unit} is below the "
+                f"{cost.units:.2f} forward units of a single step"
+            )
+        while state.evaluated < len(points):
+            if state.evaluated == len(points) - 1:
+                self._evaluate()
+            state.evaluated += 1
+        return "completed", ""
+
+    def _log(self, estimate: Estimate, loss: float) -> None:
+        derivatives, state = estimate.derivatives, self.state
+        row: dict[str, float | int | None] = {
+            "step": state.step,
+            "forward_units": state.units,
+            "flops": state.flops,
+            "seconds": state.seconds,
+            "loss": loss,
+            "gradient_norm": estimate.norm,
+        }
+        if len(derivatives):
+            row["derivative_rms"] = float(derivatives.square().mean().sqrt())
+        state.rows.append(row)
+
+    def _diverged(self, loss: float) -> str:
+        state, limit = self.state, self.spec.evaluation.diverged_at
+        if not (math.isfinite(loss) and self.objective.finite()):
+            return f"loss or parameters not finite at step {state.step}"
+        if state.first_loss is None or state.smooth_loss is None:
+            state.first_loss = state.smooth_loss = loss
+        state.smooth_loss = SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * loss
+        if state.smooth_loss > limit * max(state.first_loss, 1e-3):
+            return f"training loss above {limit:g} times its start at step {state.step}"
+        return ""
+
+    def _evaluate(self) -> float:
+        accuracy, loss = self._score("validation")
+        state = self.state
+        state.rows.append(
+            {
+                "step": state.step,
+                "forward_units": state.units,
+                "flops": state.flops,
+                "seconds": state.seconds,
+                "validation_accuracy": accuracy,
+                "validation_loss": loss,
+            }
+        )
+        return accuracy
+
+    def _score(self, split: str) -> tuple[float, float]:
+        start = self._clock()
+        batches = self.data.splits[split].ordered(self.spec.evaluation.batch_size)
+        result = evaluate(self.module, (to_device(b, self.device) for b in batches))
+        self.state.evaluation_seconds += self._clock() - start
+        return result
+
+    # --- what is recorded ------------------------------------------------------------------------
+
+    def summary(self, *, test: bool) -> Summary:
+        """Figures of the run as it stands; scores the test split if asked to."""
+        state = self.state
+        accuracies = [r["validation_accuracy"] for r in state.rows if "validation_accuracy" in r]
+        losses = [r["validation_loss"] for r in state.rows if "validation_loss" in r]
+        tested = self._score("test") if test else (None, None)
+        frozen: list[Tensor] = [p for p in self.module.parameters() if not p.requires_grad]
+        frozen += list(self.module.buffers())
+        moments = self.optimizer.state_dict()["state"].values()
+        held = [t for group in moments for t in group.values() if isinstance(t, Tensor)]
+        vector = self.objective.theta.nbytes
+        return Summary(
+            test_accuracy=tested[0],
+            test_loss=_finite(tested[1]),
+            validation_accuracy=accuracies[-1] if accuracies else None,
+            validation_loss=_finite(losses[-1]) if losses else None,
+            best_validation_accuracy=max((a for a in accuracies if a is not None), default=None),
+            steps=state.step,
+            forward_units=state.units,
+            flops=state.flops,
+            seconds=state.seconds,
+            evaluation_seconds=state.evaluation_seconds,
+            peak_bytes=state.peak_bytes,
+            state_bytes=2 * vector + sum(t.nbytes for t in held),
+            weights_bytes=sum(t.nbytes for t in frozen),
+            rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            d=self.objective.d,
+            majority=self.data.facts["majority"]["test"],
+            resumed=state.resumed,
+            non_finite=state.non_finite,
+        )
+
+
+def _finite(value: float | int | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,97 @@
+"""What a user sees of a running experiment: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from costbp.files import write_json
+from costbp.train.loop import Progress as Step
+from costbp.train.loop import Watcher
+from costbp.train.record import PROGRESS
+
+LINES = 10  # plain lines a run
+PULSE_SECONDS = 5.0  # between two writes of progress.json
+
+
+def describe(step: Step) -> str:
+    """``loss 1.234  accuracy 0.87  12.3 steps/s``."""
+    rate = step.state.step / step.state.seconds if step.state.seconds else 0.0
+    accuracy = "  -" if step.accuracy is None else f"{step.accuracy:.3f}"
+    return f"loss {step.loss:7.4f}  accuracy {accuracy}  {rate:7.1f} steps/s"
+
+
+@contextlib.contextmanager
+def watching(title: str, folder: Path) -> Iterator[Watcher]:
+    """Yield a watcher that shows progress on stderr and keeps ``progress.json`` for `status`."""
+    show = _bar if sys.stderr.isatty() else _lines
+    with show(title) as shown:
+        last = 0.0
+
+        def watch(step: Step) -> None:
+            nonlocal last
+            shown(step)
+            if time.monotonic() - last > PULSE_SECONDS:
+                last = time.monotonic()
+                write_json(
+                    folder / PROGRESS,
+                    {
+                        "fraction": min(step.fraction, 1.0),
+                        "seconds": step.state.seconds + step.state.evaluation_seconds,
+                    },
+                )
+
+        yield watch
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Watcher]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=1.0, figures="")
+        last = 0.0
+
+        def watch(step: Step) -> None:
+            nonlocal last
+            if time.monotonic() - last > 0.1 or step.fraction >= 0.99:
+                last = time.monotonic()
+                progress.update(task, completed=min(step.fraction, 1.0), figures=describe(step))
+
+        yield watch
+
+
+@contextlib.contextmanager
+def _lines(title: str) -> Iterator[Watcher]:
+    shown = 0
+    start = time.monotonic()
+
+    def watch(step: Step) -> None:
+        nonlocal shown
+        if int(step.fraction * LINES) > shown:
+            shown = int(step.fraction * LINES)
+            passed = time.monotonic() - start
+            left = passed * (1 - step.fraction) / max(step.fraction, 1e-9)
+            text = f"{title}  {100 * step.fraction:3.0f} %  {describe(step)}  {left:5.0f} s left"
+            print(text, file=sys.stderr, flush=True)
+
+    yield watch

@@ -1,0 +1,144 @@
+"""A run's record: what happened, under which spec, where and with which code.
+
+The run store holds one folder a seed: ``record.json``, ``steps.parquet`` and, while a run is
+unfinished, ``checkpoint.pt`` and ``progress.json``. Files appear by atomic rename; ``record.json``
+comes last, so a folder with a readable record is a finished run.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from costbp.config.study import RunSpec
+from costbp.files import atomic, write_text
+
+Outcome = Literal["completed", "diverged", "out_of_memory", "does_not_fit", "failed"]
+RECORD, STEPS, CHECKPOINT, PROGRESS = (
+    "record.json",
+    "steps.parquet",
+    "checkpoint.pt",
+    "progress.json",
+)
+
+
+class Summary(BaseModel):
+    """Figures of a finished run. Losses and accuracies that are not finite are None.
+
+    Attributes:
+        test_accuracy, test_loss: at the end of the budget, on the test split.
+        validation_accuracy, validation_loss: at the last evaluation.
+        best_validation_accuracy: the highest of all evaluations.
+        steps: optimiser steps taken.
+        forward_units, flops: spent on training, evaluation not included.
+        seconds: wall time of training steps; evaluation and counting not included.
+        evaluation_seconds: wall time of evaluations.
+        peak_bytes: largest step peak beyond parameters, gradient and optimiser state.
+        state_bytes: trainable vector, its gradient, optimiser state.
+        weights_bytes: frozen parameters and buffers.
+        rss_bytes: largest resident size of the process so far.
+        d: trainable parameters.
+        majority: share of the most frequent class of the test split.
+        resumed: how often the run was taken up again.
+        non_finite: directional derivatives that were dropped.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    test_accuracy: float | None = None
+    test_loss: float | None = None
+    validation_accuracy: float | None = None
+    validation_loss: float | None = None
+    best_validation_accuracy: float | None = None
+    steps: int = 0
+    forward_units: float = 0.0
+    flops: int = 0
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    peak_bytes: int = 0
+    state_bytes: int = 0
+    weights_bytes: int = 0
+    rss_bytes: int = 0
+    d: int = 0
+    majority: float = 0.0
+    resumed: int = 0
+    non_finite: int = 0
+
+
+class Record(BaseModel):
+    """What ``record.json`` holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    hash: str
+    spec: RunSpec
+    outcome: Outcome
+    message: str = ""
+    summary: Summary
+    environment: dict[str, str]
+    finished: datetime
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a finished run, or None where there is none.
+
+    Raises:
+        ValueError: a record is there but can't be read, or belongs to another spec.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+        if record.outcome != "failed":
+            pd.read_parquet(folder / STEPS, columns=["step"])
+    except (ValidationError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is incomplete or damaged") from error
+    if not folder.name.endswith(record.hash):
+        raise ValueError(f"{path} belongs to another run")
+    return record
+
+
+def write_run(folder: Path, record: Record, steps: pd.DataFrame) -> None:
+    """Store a finished run: steps first, the record last."""
+    with atomic(folder / STEPS) as temporary:
+        steps.to_parquet(temporary, index=False)
+    write_text(folder / RECORD, record.model_dump_json(indent=2) + "\n")
+    for name in (CHECKPOINT, PROGRESS):
+        (folder / name).unlink(missing_ok=True)
+
+
+@functools.cache
+def environment(device: str) -> dict[str, str]:
+    """Where a run ran: versions, machine, device, commit of the code (with `+` if changed)."""
+    found = {"python": platform.python_version(), "device": device, "machine": platform.machine()}
+    for package in ("costbp", "torch", "transformers", "peft", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found | {"commit": commit()}
+
+
+def commit() -> str:
+    """The working tree's commit, `+` appended if tracked files differ from it; or "unknown"."""
+
+    def git(*words: str) -> Any:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        if head.returncode:
+            return "unknown"
+        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    except OSError:
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed else "")

@@ -1,0 +1,41 @@
+# Models and data: fetched once and checked; then each pair's splits, encoded once.
+
+
+rule asset:
+    output:
+        RESULTS / "assets" / "{asset}.json",
+    params:
+        plan=RESOLVED,
+        sha256=lambda wildcards: PLAN.catalog.assets[wildcards.asset].sha256,
+    log:
+        LOGS / "assets" / "{asset}.log",
+    benchmark:
+        LOGS / "assets" / "{asset}.benchmark.jsonl"
+    localrule: True
+    message:
+        "fetching {wildcards.asset}"
+    shell:
+        "{COSTBP} assets --plan {params.plan} --only {wildcards.asset} --out {output} 2>&1 | tee {log}"
+
+
+rule prepare:
+    input:
+        lambda wildcards: [
+            RESULTS / "assets" / f"{name}.json"
+            for name in PLAN.assets_of(wildcards.model, wildcards.task)
+        ],
+    output:
+        RESULTS / "prepared" / "{model}" / "{task}.json",
+    params:
+        plan=RESOLVED,
+        key=lambda wildcards: PLAN.prepared(wildcards.model, wildcards.task).name,
+    log:
+        LOGS / "prepare" / "{model}-{task}.log",
+    benchmark:
+        LOGS / "prepare" / "{model}-{task}.benchmark.jsonl"
+    threads: 1
+    message:
+        "encoding {wildcards.task} for {wildcards.model}"
+    shell:
+        "OMP_NUM_THREADS={threads} {COSTBP} prepare --plan {params.plan}"
+        " --model {wildcards.model} --task {wildcards.task} --out {output} > {log} 2>&1"

@@ -1,0 +1,27 @@
+# Cost of one step of every method on a (model, task). One process measures all methods, since
+# importing takes longer than measuring; each method's figures are cached, so a new method adds
+# only its own.
+
+
+rule cost:
+    input:
+        unpack(needed_by),
+    output:
+        RESULTS / "cost" / "{model}" / "{task}.json",
+    params:
+        plan=RESOLVED,
+        methods=lambda wildcards: ",".join(PAIRS[wildcards.model, wildcards.task]),
+        specs=lambda wildcards: PLAN.cost_keys(wildcards.model, wildcards.task),
+    log:
+        LOGS / "cost" / "{model}-{task}.log",
+    benchmark:
+        LOGS / "cost" / "{model}-{task}.benchmark.jsonl"
+    threads: 1
+    resources:
+        mem_mb=PLAN.study.resources.mem_mb,
+        runtime=PLAN.study.resources.runtime,
+    message:
+        "measuring the cost of {params.methods} for {wildcards.model} on {wildcards.task}"
+    shell:
+        THREADS + " {COSTBP} cost --plan {params.plan} --model {wildcards.model}"
+        " --task {wildcards.task} --method {params.methods} --out {output} > {log} 2>&1"

@@ -1,0 +1,128 @@
+# From records to what people read. Every step reads tidy tables alone.
+
+TABLES = REPORTS / "tables"
+FIGURES = ["accuracy_units", "accuracy_seconds", "loss_units", "loss_seconds", "memory_accuracy"]
+
+
+rule aggregate:
+    input:
+        [RESULTS / "train" / cell.model / cell.task / cell.method / f"{cell.budget}.json" for cell in CELLS],
+        [RESULTS / "cost" / model / f"{task}.json" for model, task in PAIRS],
+    output:
+        RESULTS / "runs.parquet",
+        RESULTS / "curves.parquet",
+        RESULTS / "costs.parquet",
+    params:
+        plan=RESOLVED,
+    log:
+        LOGS / "aggregate.log",
+    localrule: True
+    message:
+        "collecting records"
+    shell:
+        "{COSTBP} aggregate --plan {params.plan} > {log} 2>&1"
+
+
+rule mlflow:
+    input:
+        rules.aggregate.output,
+    output:
+        RESULTS / "mlflow.json",
+    params:
+        plan=RESOLVED,
+    log:
+        LOGS / "mlflow.log",
+    localrule: True
+    message:
+        "completing the MLflow store"
+    shell:
+        "{COSTBP} track --plan {params.plan} --out {output} > {log} 2>&1"
+
+
+rule tables:
+    input:
+        rules.aggregate.output,
+    output:
+        report(
+            multiext(str(TABLES / "summary"), ".md", ".csv", ".tex"),
+            caption="../report/summary.rst",
+            category="Tables",
+        ),
+        report(
+            multiext(str(TABLES / "cost"), ".md", ".csv"),
+            caption="../report/cost.rst",
+            category="Tables",
+        ),
+    params:
+        plan=RESOLVED,
+        labels=LABELS,
+    log:
+        LOGS / "tables.log",
+    localrule: True
+    message:
+        "writing tables"
+    shell:
+        "{COSTBP} tables --plan {params.plan} > {log} 2>&1"
+
+
+rule figures:
+    input:
+        rules.aggregate.output,
+    output:
+        report(
+            expand(REPORTS / "figures" / "{name}.png", name=FIGURES),
+            caption="../report/figure.rst",
+            category="Figures",
+        ),
+        expand(REPORTS / "figures" / "{name}.pdf", name=FIGURES),
+    params:
+        plan=RESOLVED,
+        labels=LABELS,
+    log:
+        LOGS / "figures.log",
+    localrule: True
+    message:
+        "drawing figures"
+    shell:
+        "{COSTBP} figures --plan {params.plan} > {log} 2>&1"
+
+
+rule claims:
+    input:
+        rules.aggregate.output,
+        claims=PLAN.study.claims,
+    output:
+        report(
+            multiext(str(REPORTS / "claims"), ".md", ".json"),
+            caption="../report/claims.rst",
+            category="Claims",
+        ),
+    params:
+        plan=RESOLVED,
+        labels=LABELS,
+    log:
+        LOGS / "claims.log",
+    localrule: True
+    message:
+        "judging claims"
+    shell:
+        "{COSTBP} claims --plan {params.plan} > {log} 2>&1"
+
+
+rule page:
+    input:
+        rules.tables.output,
+        rules.figures.output,
+        rules.claims.output,
+    output:
+        report(REPORTS / "index.html", caption="../report/page.rst", category="Report"),
+    params:
+        plan=RESOLVED,
+        labels=LABELS,
+    log:
+        LOGS / "report.log",
+    localrule: True
+    message:
+        "writing {output}"
+    shell:
+        "{COSTBP} report --plan {params.plan} > {log} 2>&1"

@@ -1,0 +1,44 @@
+# Learning rates: the same number of trials for every method, scored on the validation split. Not
+# part of `all`: the choices are committed. `snakemake tune --cores all` makes them anew.
+
+
+rule trials:
+    input:
+        unpack(needed_by),
+    output:
+        RESULTS / "tune" / "{model}" / "{task}" / "{method}" / "{budget}.json",
+    params:
+        plan=RESOLVED,
+        runs=lambda wildcards: [spec.hash for spec in PLAN.trial_specs(Cell(**wildcards))],
+    log:
+        LOGS / "tune" / "{model}-{task}-{method}-{budget}.log",
+    benchmark:
+        LOGS / "tune" / "{model}-{task}-{method}-{budget}.benchmark.jsonl"
+    threads: 1
+    resources:
+        gpu=PLAN.study.resources.gpu,
+        mem_mb=PLAN.study.resources.mem_mb,
+        runtime=PLAN.study.resources.runtime,
+    message:
+        "tuning {wildcards.method} for {wildcards.model} on {wildcards.task}"
+    shell:
+        THREADS + " {COSTBP} tune --plan {params.plan} --model {wildcards.model}"
+        " --task {wildcards.task} --method {wildcards.method} --budget {wildcards.budget}"
+        " --out {output} > {log} 2>&1"
+
+
+rule tune:
+    input:
+        [RESULTS / "tune" / cell.model / cell.task / cell.method / f"{cell.budget}.json" for cell in CELLS],
+    output:
+        RESULTS / "tuned.yaml",
+    params:
+        plan=RESOLVED,
+        committed=PLAN.study.tuning.file,
+    log:
+        LOGS / "tune.log",
+    localrule: True
+    message:
+        "choosing learning rates: {params.committed}"
+    shell:
+        "({COSTBP} tuned --plan {params.plan} --out {output} && cp {output} {params.committed}) > {log} 2>&1"
