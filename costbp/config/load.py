@@ -66,6 +66,15 @@ def _value_at(data: Any, loc: Loc) -> Any:
     return data
 
 
+def _plain(data: Any, loc: Loc) -> Loc:
+    """``loc`` as a user wrote it: without the tags of unions, which are no keys of the file."""
+    plain: Loc = ()
+    for index, part in enumerate(loc):
+        if _value_at(data, (*plain, part)) is not None or index == len(loc) - 1:
+            plain = (*plain, part)
+    return plain
+
+
 def _fields_at(model: type[BaseModel], loc: Loc) -> list[str]:
     """The keys allowed at ``loc``, found by walking the models' annotations."""
     models: list[type[BaseModel]] = [model]
@@ -107,7 +116,8 @@ def validate(model: type[Model], data: Any, sources: Sequence[tuple[Path, Any]])
     try:
         return TypeAdapter(model).validate_python(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        # a misspelt key also makes the right one missing: name the misspelling
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         raise UserError(_explain(model, data, sources, first, error.error_count())) from None
 
 
@@ -119,13 +129,13 @@ def _explain(
     count: int,
 ) -> str:
     loc: Loc = tuple(problem["loc"])
-    plain = tuple(p for p in loc if _value_at(data, loc[: loc.index(p)]) is not None or p == loc[0])
+    plain = _plain(data, loc)
     file, kind, context = _blame(sources, plain), problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         allowed = _fields_at(model, loc[:-1])
         text = f"unknown key '{dotted(plain)}'; {suggest(loc[-1], allowed)}"
     elif kind == "missing":
-        text = f"key '{dotted(loc)}' is missing"
+        text = f"key '{dotted(plain)}' is missing"
     elif kind in ("literal_error", "union_tag_invalid"):
         expected = str(context.get("expected") or context.get("expected_tags"))
         allowed = [part.strip(" '\"") for part in expected.replace(" or ", ",").split(",")]

@@ -16,7 +16,7 @@ def schemas() -> dict[str, str]:
     """File name -> JSON schema text, for the study file and each catalog file."""
     models: dict[str, TypeAdapter[Any]] = {"study": TypeAdapter(Study)}
     for kind, field in Catalog.model_fields.items():
-        models[kind] = TypeAdapter(dict[str, get_args(field.annotation)[1]])  # type: ignore[misc]
+        models[kind] = TypeAdapter(dict[str, get_args(field.annotation)[1]])  # type: ignore[arg-type, misc]
     return {
         f"{name}.schema.json": json.dumps(adapter.json_schema(), indent=2) + "\n"
         for name, adapter in models.items()

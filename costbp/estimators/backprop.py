@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from costbp.estimators.base import Estimate
+from costbp.estimators.base import Estimate, Estimator
 from costbp.estimators.memory_plans import MemoryPlan
 from costbp.objective import Batch, Key, Objective
 
@@ -20,6 +20,10 @@ class Backprop:
 
     plan: MemoryPlan
     batches_per_step: int = 1
+
+    @property
+    def per_batch(self) -> Estimator:
+        return self
 
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
         (batch,) = batches

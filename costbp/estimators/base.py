@@ -41,6 +41,11 @@ class Estimator(Protocol):
         """Batches that one estimate looks at."""
         ...
 
+    @property
+    def per_batch(self) -> Estimator:
+        """The estimator that runs on each batch: itself, or what it averages."""
+        ...
+
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
         """Estimate the gradient of the mean loss of ``batches`` (``batches_per_step`` of them).
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from costbp.estimators.base import Estimate
+from costbp.estimators.base import Estimate, Estimator
 from costbp.estimators.directions import DirectionSource
 from costbp.estimators.oracles import Oracle
 from costbp.objective import Batch, Key, Objective
@@ -27,6 +27,10 @@ class Projected:
     source: DirectionSource
     count: int = 1
     batches_per_step: int = 1
+
+    @property
+    def per_batch(self) -> Estimator:
+        return self
 
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
         (batch,) = batches

@@ -23,6 +23,10 @@ class Accumulate:
     def batches_per_step(self) -> int:
         return self.micro_batches * self.inner.batches_per_step
 
+    @property
+    def per_batch(self) -> Estimator:
+        return self.inner.per_batch
+
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
         total = torch.zeros_like(objective.theta)
         losses, derivatives, non_finite = [], [], 0

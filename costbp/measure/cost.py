@@ -47,7 +47,7 @@ def _measure(plan: Plan, model: str, task: str, method: str) -> dict[str, Any]:
     module = build_model(spec.model, len(data.names), assets, 0, data.width)
     run = Run(spec, module, data, torch.device("cpu"))
     batches, key = run.batches(), Key(0, 0)
-    cost = run.cost_of(batches, key)
+    cost = run.cost_of(run.objective, batches, key)
     seconds = median_seconds(lambda: run.estimator.estimate(run.objective, batches, key))
     forward = median_seconds(lambda: forward_only(run.objective, batches[0]))
     run.step(batches, key, cost)  # so that the optimiser's state exists

@@ -51,40 +51,56 @@ def forward_only(objective: Objective, batch: Batch) -> None:
     objective.value(batch)
 
 
-def peak_bytes(run: Callable[[], Any], objective: Objective, batches: Sequence[Batch]) -> int:
-    """Peak bytes of ``run()`` beyond what is there before it starts."""
+def counted(run: Callable[[], Any], objective: Objective, batch: Batch) -> tuple[int, int]:
+    """FLOPs of ``run()``, and its peak bytes beyond what is there before it starts."""
     existing = [
         *objective.module.parameters(),
         *objective.module.buffers(),
         objective.theta,
         *(p.grad for p in objective.module.parameters() if p.grad is not None),
-        *(tensor for batch in batches for tensor in batch.values()),
+        *batch.values(),
     ]
     with PeakMemory(existing) as memory:
-        run()
-    return memory.peak
+        flops = count_flops(run)
+    return flops, memory.peak
 
 
-def step_cost(
-    estimator: Estimator, objective: Objective, batches: Sequence[Batch], key: Key
-) -> StepCost:
-    """Count one estimate on ``batches``; theta is left as it was.
+def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Key) -> StepCost:
+    """Count one estimate on one batch; theta is left as it was.
 
     Raises:
         ValueError: the forward pass runs no matrix product that could serve as the unit.
     """
-
-    def estimate() -> None:
-        estimator.estimate(objective, batches, key)
-
-    forward = [count_flops(lambda b=batch: forward_only(objective, b)) for batch in batches]  # type: ignore[misc]
-    if not all(forward):
+    forward = count_flops(lambda: forward_only(objective, batch))
+    if not forward:
         raise ValueError("the forward pass runs no matrix product: forward units are undefined")
-    return StepCost(
-        flops=count_flops(estimate),
-        forward_flops=statistics.mean(forward),
-        peak_bytes=peak_bytes(estimate, objective, batches),
-    )
+    part = estimator.per_batch
+    flops, peak = counted(lambda: part.estimate(objective, [batch], key), objective, batch)
+    return StepCost(flops, forward, peak)
+
+
+class CostCounter:
+    """Cost of steps, counted once per shape of batch, on estimates that are thrown away."""
+
+    def __init__(self, estimator: Estimator) -> None:
+        self.estimator = estimator
+        self._known: dict[tuple[Any, ...], StepCost] = {}
+
+    def __call__(self, objective: Objective, batches: Sequence[Batch], key: Key) -> StepCost:
+        """Cost of one step. Batches are estimated one after the other, so FLOPs add up; the peak
+        is the largest, with the running sum of gradients where there are several."""
+        costs = []
+        for batch in batches:
+            shape = tuple(tuple(tensor.shape) for tensor in batch.values())
+            if shape not in self._known:
+                self._known[shape] = batch_cost(self.estimator, objective, batch, key)
+            costs.append(self._known[shape])
+        total = objective.theta.nbytes if len(costs) > 1 else 0
+        return StepCost(
+            flops=sum(cost.flops for cost in costs),
+            forward_flops=statistics.mean(cost.forward_flops for cost in costs),
+            peak_bytes=max(cost.peak_bytes for cost in costs) + total,
+        )
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 7, device: str = "cpu") -> float:

@@ -18,7 +18,9 @@ import torch
 
 from costbp.config.study import Cell, Plan, RunSpec
 from costbp.errors import UserError
+from costbp.estimators import build_estimator
 from costbp.files import atomic, lock, write_json
+from costbp.measure.step import CostCounter
 from costbp.models.build import build_model
 from costbp.models.prepare import Prepared, load_prepared, prepare
 from costbp.train.devices import device_slot
@@ -79,6 +81,7 @@ def run_specs(
     """
     records: list[Record] = []
     data: Prepared | None = None
+    costs: dict[str, CostCounter] = {}
     with Stop() as stop, contextlib.ExitStack() as stack:
         device: torch.device | None = None
         for spec in specs:
@@ -91,7 +94,8 @@ def run_specs(
                         data = load_prepared(prepare(plan, model, task))
                         slots = plan.study.paths.cache / "devices"
                         device = stack.enter_context(device_slot(plan.study.device, slots))
-                    record = run(spec, folder, data, device, plan, stop, test=test)
+                    one = _build(spec, data, device, plan, costs)
+                    record = run(one, folder, stop, test=test)
             records.append(record)
             done(record)
     failures = [record for record in records if record.outcome == "failed"]
@@ -111,21 +115,21 @@ def finished(folder: Path) -> Record | None:
     return None if record is None or record.outcome == "failed" else record
 
 
-def run(
-    spec: RunSpec,
-    folder: Path,
-    data: Prepared,
-    device: torch.device,
-    plan: Plan,
-    stop: Stop,
-    *,
-    test: bool,
-) -> Record:
-    """Run one spec to its outcome and store it."""
-    title = f"{'/'.join(spec.cell)} seed {spec.seed}"
+def _build(
+    spec: RunSpec, data: Prepared, device: torch.device, plan: Plan, costs: dict[str, CostCounter]
+) -> Run:
     assets = plan.study.paths.cache / "assets"
     module = build_model(spec.model, len(data.names), assets, spec.seed, data.width)
-    one = Run(spec, module, data, device)
+    counter = costs.setdefault(
+        plan.cost_key(*spec.cell[:3]), CostCounter(build_estimator(spec.method))
+    )
+    return Run(spec, module, data, device, counter)
+
+
+def run(one: Run, folder: Path, stop: Stop, *, test: bool) -> Record:
+    """Bring a run to its outcome and store it."""
+    spec = one.spec
+    title = f"{'/'.join(spec.cell)} seed {spec.seed}"
     _resume(one, folder, title)
     message = ""
     outcome: Outcome
@@ -151,7 +155,7 @@ def run(
         outcome=outcome,
         message=message,
         summary=one.summary(test=test and usable),
-        environment=environment(_name(device)),
+        environment=environment(_name(one.device)),
         finished=datetime.now(UTC).replace(microsecond=0),
     )
     write_run(folder, record, pd.DataFrame(one.state.rows))

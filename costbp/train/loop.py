@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from costbp.config.catalog import OptimizerSpec
 from costbp.config.study import RunSpec
 from costbp.estimators import Estimate, build_estimator
-from costbp.measure.step import StepCost, step_cost
+from costbp.measure.step import CostCounter, StepCost
 from costbp.models.prepare import Prepared
 from costbp.objective import Batch, Key, Objective
 from costbp.tasks.base import Split
@@ -127,10 +127,16 @@ class Run:
         module: what is trained.
         data: encoded splits.
         device: where it runs.
+        costs: counter shared by runs of one experiment, whose steps cost the same.
     """
 
     def __init__(
-        self, spec: RunSpec, module: nn.Module, data: Prepared, device: torch.device
+        self,
+        spec: RunSpec,
+        module: nn.Module,
+        data: Prepared,
+        device: torch.device,
+        costs: CostCounter | None = None,
     ) -> None:
         self.spec, self.data, self.device = spec, data, device
         self.module = module.to(device)
@@ -139,7 +145,7 @@ class Run:
         self.optimizer = build_optimizer(self.objective.theta, spec.optimizer)
         self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
         self.state = State()
-        self._costs: dict[tuple[Any, ...], StepCost] = {}
+        self.cost_of = costs or CostCounter(self.estimator)
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -172,14 +178,6 @@ class Run:
         n = self.estimator.batches_per_step
         first = self.state.step * n
         return [to_device(self.stream[first + i], self.device) for i in range(n)]
-
-    def cost_of(self, batches: list[Batch], key: Key) -> StepCost:
-        """Cost of a step on batches of these shapes: counted at the first occurrence, on a step
-        that is then thrown away."""
-        shape = tuple(tuple(t.shape) for batch in batches for t in batch.values())
-        if shape not in self._costs:
-            self._costs[shape] = step_cost(self.estimator, self.objective, batches, key)
-        return self._costs[shape]
 
     def spent(self, ahead: StepCost | None = None) -> float:
         """Share of the budget spent, including a step ``ahead``."""
@@ -217,7 +215,7 @@ class Run:
         while True:
             key = Key(self.spec.seed, state.step)
             batches = self.batches()
-            cost = self.cost_of(batches, key)
+            cost = self.cost_of(self.objective, batches, key)
             if self.spent(cost) > 1 + 1e-9:
                 break
             while state.evaluated < len(points) and points[state.evaluated] <= self.spent() + 1e-12:

@@ -1,0 +1,1 @@
+"""A real Slurm cluster of one node, for tests."""

@@ -1,0 +1,155 @@
+"""Readings and verdicts on frames made by hand, with answers known in advance."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from costbp.analysis import claims, tables
+from costbp.analysis.claims import Reading, ledger_word, load_claims
+from costbp.analysis.frames import Frames, at_units, first_reach
+from costbp.config import load_plan
+from costbp.errors import UserError
+from tests.conftest import ROOT
+
+CELL = {"model": "minilm_lora", "task": "trec", "budget": "units_400"}
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return load_plan()
+
+
+def frames(accuracies: dict[str, list[float]], ends: dict[str, float]) -> Frames:
+    """Runs whose validation accuracy rises linearly from 0.2 at 0 to the end at 400 units."""
+    families = {"bp_checkpointing": "bp", "fmad_vanilla": "fmad", "zo_vanilla": "zo"}
+    runs, curves = [], []
+    for method, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            names = {**CELL, "method": method, "seed": seed}
+            runs.append(
+                {**names, "family": families[method], "test_accuracy": accuracy, "majority": 0.2}
+            )
+            for share in (0.0, 0.5, 1.0):
+                curves.append(
+                    {
+                        **names,
+                        "step": int(200 * share),
+                        "forward_units": 400 * share,
+                        "flops": 4e12 * share,
+                        "seconds": 40 * share,
+                        "validation_accuracy": 0.2 + (ends[method] - 0.2) * share,
+                    }
+                )
+    return Frames(pd.DataFrame(runs), pd.DataFrame(curves), pd.DataFrame())
+
+
+def claim(plan, name):
+    return load_claims(plan.study.claims)[name]
+
+
+def test_accuracy_gap(plan):
+    data = frames(
+        {"bp_checkpointing": [0.9, 0.88], "fmad_vanilla": [0.4, 0.5], "zo_vanilla": [0.89, 0.3]},
+        {"bp_checkpointing": 0.9, "fmad_vanilla": 0.5, "zo_vanilla": 0.5},
+    )
+    reading = claims.accuracy_gap(plan, data, claim(plan, "accuracy"))
+    assert reading.value == pytest.approx(44.0)
+    assert len(reading.supporting) == 1 and "fmad_vanilla" in reading.supporting[0]
+    assert len(reading.undecided) == 1 and "zo_vanilla" in reading.undecided[0]
+
+
+def test_accuracy_gap_against_the_study(plan):
+    data = frames(
+        {"bp_checkpointing": [0.5, 0.5], "fmad_vanilla": [0.8, 0.9]},
+        {"bp_checkpointing": 0.5, "fmad_vanilla": 0.8},
+    )
+    reading = claims.accuracy_gap(plan, data, claim(plan, "accuracy"))
+    assert reading.verdict == "does not hold here"
+    assert ledger_word(reading.verdict, "full") == "falsified"
+    assert ledger_word(reading.verdict, "reduced") == "toy"
+
+
+def test_time_and_flops_to_the_same_accuracy(plan):
+    data = frames(
+        {"bp_checkpointing": [0.9], "fmad_vanilla": [0.4]},
+        {"bp_checkpointing": 0.9, "fmad_vanilla": 0.4},
+    )
+    # the reference passes 0.4 after 2/7 of its budget
+    flops = claims.flops_to_same_accuracy(plan, data, claim(plan, "compute"))
+    assert flops.value == pytest.approx(3.5)
+    seconds = claims.time_to_same_accuracy(plan, data, claim(plan, "convergence"))
+    assert seconds.value == pytest.approx(100 * (1 - 2 / 7))
+    assert seconds.verdict == "holds here"
+
+
+def test_a_method_that_learnt_nothing_settles_nothing(plan):
+    data = frames(
+        {"bp_checkpointing": [0.9], "fmad_vanilla": [0.2]},
+        {"bp_checkpointing": 0.9, "fmad_vanilla": 0.22},
+    )
+    reading = claims.flops_to_same_accuracy(plan, data, claim(plan, "compute"))
+    assert reading.value is None
+    assert reading.verdict == "inconclusive here"
+
+
+def test_a_reference_that_never_gets_there_counts_against(plan):
+    data = frames(
+        {"bp_checkpointing": [0.3], "fmad_vanilla": [0.8]},
+        {"bp_checkpointing": 0.3, "fmad_vanilla": 0.8},
+    )
+    reading = claims.flops_to_same_accuracy(plan, data, claim(plan, "compute"))
+    assert len(reading.opposing) == 1
+    assert reading.verdict == "does not hold here"
+
+
+@pytest.mark.parametrize(
+    ("supporting", "opposing", "undecided", "verdict"),
+    [
+        (3, 0, 0, "holds here"),
+        (3, 1, 0, "holds here"),
+        (2, 1, 0, "inconclusive here"),
+        (1, 3, 0, "does not hold here"),
+        (1, 0, 2, "inconclusive here"),
+        (0, 0, 0, "inconclusive here"),
+    ],
+)
+def test_verdicts_follow_from_counts(supporting, opposing, undecided, verdict):
+    reading = Reading("", "", None, ["+"] * supporting, ["-"] * opposing, ["?"] * undecided)
+    assert reading.verdict == verdict
+
+
+def test_first_reach_is_linear_between_evaluations_and_censored():
+    curve = pd.DataFrame(
+        {"step": [0, 1, 2], "flops": [0, 10, 20], "validation_accuracy": [0.1, 0.5, 0.4]}
+    )
+    assert first_reach(curve, 0.3, "flops") == pytest.approx(5)
+    assert first_reach(curve, 0.05, "flops") == 0
+    assert first_reach(curve, 0.6, "flops") is None
+
+
+def test_accuracy_at_units(plan):
+    data = frames({"bp_checkpointing": [0.9]}, {"bp_checkpointing": 0.6})
+    assert at_units(data.curves, 100)["accuracy"].tolist() == pytest.approx([0.3])
+    assert at_units(data.curves, 1e9)["accuracy"].tolist() == pytest.approx([0.6])
+
+
+def test_unknown_reading_is_named(tmp_path):
+    text = (
+        (ROOT / "config/claims.yaml")
+        .read_text()
+        .replace("reading: accuracy_gap", "reading: acuracy_gap")
+    )
+    path = tmp_path / "claims.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="did you mean 'accuracy_gap'"):
+        load_claims(path)
+
+
+def test_words():
+    assert tables.si(3.21e12) == "3.21 T"
+    assert tables.mib(5 * 2**20) == "5.0 MiB"
+    assert tables.spread(pd.Series([0.5, 0.7, None]), 100) == "60.0 (50.0-70.0)"
+    assert tables.spread(pd.Series([None], dtype=float)) == "-"
+    assert r"\%" in tables.latex(pd.DataFrame({"a": ["1 %"], "b": [1], "c": [1], "d": [1]}), "x")

@@ -1,0 +1,106 @@
+"""A mistake names file, key, value and what is allowed, before anything is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from costbp.config import Cell, load_plan
+from costbp.config.schemas import schemas
+from costbp.errors import UserError
+from tests.conftest import ROOT
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("config.yaml", "- bp_vanilla", "- bp_vanila", ["methods[0]", "'bp_vanila'", "did you mean 'bp_vanilla'"]),
+        ("config.yaml", "[minilm_lora]", "[minilm_lore]", ["models[0]", "did you mean 'minilm_lora'"]),
+        ("config.yaml", "[trec, movie", "[trek, movie", ["tasks[0]", "did you mean 'trec'"]),
+        ("config.yaml", "[units_400]", "[units_4000]", ["budgets[0]", "allowed: units_"]),
+        ("config.yaml", "seeds:", "sedes:", ["unknown key 'sedes'", "did you mean 'seeds'"]),
+        ("config.yaml", "seeds: [0, 1]", "seeds: []", ["seeds"]),
+        ("config.yaml", "diverged_at: 10", "diverged_at: ten", ["evaluation.diverged_at", "'ten'"]),
+        ("config.yaml", "study: laptop", "study: [laptop", ["line", "not valid YAML"]),
+        ("catalog/budgets.yaml", "forward_units: 400", "forward_units: 0", ["units_400", "= 0", "greater than 0"]),
+        ("catalog/budgets.yaml", "forward_units: 400", "forward_units: 400\n  steps: 3", ["exactly one of"]),
+        ("catalog/methods.yaml", "plan: per_block", "plan: per_blok", ["'per_blok'", "did you mean 'per_block'"]),
+        ("catalog/methods.yaml", "count: 8", "count: 0", ["directions.count", "= 0"]),
+        ("catalog/methods.yaml", "eps: 1.0e-3", "eps: 0", ["oracle", "eps", "greater than 0"]),
+        ("catalog/methods.yaml", "kind: exact", "kind: exakt", ["'exakt'", "did you mean 'exact'"]),
+        ("catalog/models.yaml", "asset: minilm}", "asset: minilmm}", ["'minilmm'", "did you mean 'minilm'"]),
+        ("catalog/tasks.yaml", "loader: trec", "loader: trek", ["'trek'", "did you mean 'trec'"]),
+        ("catalog/tasks.yaml", "batch_size: 16", "batchsize: 16", ["did you mean 'batch_size'"]),
+    ],
+)  # fmt: skip
+def test_mistakes(workdir, file, old, new, words):
+    edit(workdir / "config" / file, old, new)
+    with pytest.raises(UserError) as caught:
+        load_plan()
+    message = str(caught.value)
+    assert Path(file).name in message
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_blame_falls_on_the_overlay(workdir):
+    overlay = workdir / "mine.yaml"
+    overlay.write_text("study: mine\nseeds: [zero]\n")
+    with pytest.raises(UserError, match=r"^mine\.yaml: seeds\[0\] = 'zero'"):
+        load_plan([Path("mine.yaml")])
+
+
+def test_unequal_trials_are_unfair(workdir):
+    path = workdir / "config/catalog/methods.yaml"
+    data = yaml.safe_load(path.read_text())
+    data["zo_vanilla"]["trials"] = data["zo_vanilla"]["trials"][:1]
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError, match="same number of tuning trials"):
+        load_plan()
+
+
+def test_command_prints_one_line_and_fails(costbp, workdir):
+    edit(workdir / "config/config.yaml", "- zo_multiple", "- zo_multipel")
+    done = costbp("validate")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "did you mean 'zo_multiple'" in done.stderr
+
+
+def test_overlay_replaces_lists_and_merges_mappings(workdir):
+    plan = load_plan([Path("config/studies/smoke.yaml")])
+    assert plan.name == "smoke"
+    assert plan.study.paths.reports == Path("reports/smoke")
+    assert plan.study.paths.store == Path("runs")
+    assert {cell.task for cell in plan.cells()} == {"docstrings"}
+
+
+def test_hash_covers_what_changes_a_result_and_nothing_else(workdir):
+    cell = Cell("tiny_lora", "docstrings", "zo_vanilla", "units_96")
+    before = load_plan().spec(cell, 0).hash
+    edit(workdir / "config/catalog/methods.yaml", "label: ZO-Vanilla", "label: MeZO")
+    assert load_plan().spec(cell, 0).hash == before
+    edit(workdir / "config/catalog/methods.yaml", "eps: 1.0e-3", "eps: 1.0e-2")
+    assert load_plan().spec(cell, 0).hash != before
+    assert load_plan().spec(cell, 1).hash != load_plan().spec(cell, 0).hash
+
+
+def test_schemas_are_in_step_and_accept_what_ships():
+    for name, text in schemas().items():
+        path = ROOT / "workflow/schemas" / name
+        assert path.read_text() == text, f"{name}: run `costbp schemas`"
+        kind = name.removesuffix(".schema.json")
+        file = "config.yaml" if kind == "study" else f"catalog/{kind}.yaml"
+        jsonschema.validate(
+            yaml.safe_load((ROOT / "config" / file).read_text()), yaml.safe_load(text)
+        )

@@ -1,0 +1,80 @@
+"""Counted cost against hand counts and closed form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from costbp.config import load_plan
+from costbp.estimators import build_estimator
+from costbp.measure.memory import PeakMemory
+from costbp.measure.step import CostCounter
+from costbp.models.build import Head, build_model
+from costbp.objective import Key, Objective
+from costbp.theory.cost import forward_units
+from costbp.train.loop import cross_entropy
+from tests.conftest import ROOT
+
+UNITS = {  # products of one linear layer whose input needs no gradient
+    "bp_vanilla": 2,
+    "bp_checkpointing": 2,
+    "bp_accumulate": 8,
+    "fmad_vanilla": 2,
+    "fmad_multiple": 9,
+    "zo_vanilla": 2,
+    "zo_multiple": 16,
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_flops_of_a_head_equal_the_hand_count(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    objective = Objective(Head(32, 5), cross_entropy)
+    estimator = build_estimator(load_plan().catalog.methods[name])
+    data = [{"features": torch.randn(8, 32), "labels": torch.zeros(8, dtype=torch.long)}]
+    cost = CostCounter(estimator)(objective, data * estimator.batches_per_step, Key(0, 0))
+    assert cost.forward_flops == 2 * 8 * 32 * 5
+    assert cost.flops == UNITS[name] * cost.forward_flops
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_units_of_an_encoder_are_near_the_closed_form(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    catalog = load_plan().catalog
+    module = build_model(catalog.models["tiny_lora"], 4, Path("unused"), seed=0, width=0)
+    objective = Objective(module, cross_entropy)
+    estimator = build_estimator(catalog.methods[name])
+    ids = torch.randint(3, 2000, (4, 16))
+    data = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.zeros(4).long(),
+    }
+    cost = CostCounter(estimator)(objective, [data] * estimator.batches_per_step, Key(0, 0))
+    expected = forward_units(catalog.methods[name])
+    if name == "bp_checkpointing":  # the last of two blocks is kept: half of the recomputation
+        expected = 2.5
+    # below the first adapters nothing has a tangent or a gradient: a tenth of two layers
+    assert cost.units == pytest.approx(expected, rel=0.12)
+    assert cost.peak_bytes > 0
+
+
+def test_peak_memory_follows_lifetimes():
+    with PeakMemory() as memory:
+        a = torch.zeros(1000, dtype=torch.float32)
+        b = a + 1
+        view = b.view(10, 100)
+        del a
+        c = view * 2
+        del b, view, c
+        assert memory.live == 0
+    assert memory.peak == 8000
+
+
+def test_peak_memory_ignores_what_was_there():
+    weight = torch.zeros(1000)
+    with PeakMemory([weight]) as memory:
+        weight.view(10, 100).t()
+    assert memory.peak == 0

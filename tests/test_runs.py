@@ -1,0 +1,194 @@
+"""Runs through the store: budgets, outcomes, stop and resume, damaged records."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from costbp.config import Cell, OptimizerSpec, load_plan
+from costbp.errors import UserError
+from costbp.models.build import build_model
+from costbp.models.prepare import load_prepared, prepare
+from costbp.train.devices import device_slot, first_free
+from costbp.train.experiment import Stop, run_specs
+from costbp.train.loop import Run
+from costbp.train.record import RECORD, STEPS, Record, Summary, read_record
+
+HEAD = Cell("tiny_head", "docstrings", "fmad_multiple", "units_400")
+SMOKE = Path("config/studies/smoke.yaml")
+
+
+@pytest.fixture
+def plan(workdir):
+    return load_plan([SMOKE])
+
+
+def prepared_run(plan, spec):
+    data = load_prepared(prepare(plan, *spec.cell[:2]))
+    module = build_model(spec.model, len(data.names), Path("none"), spec.seed, data.width)
+    return Run(spec, module, data, torch.device("cpu"))
+
+
+def test_a_run_stops_before_it_exceeds_its_budget(plan):
+    (record, _) = run_specs(plan, plan.specs(HEAD))
+    assert record.outcome == "completed"
+    assert record.summary.steps == 44  # 9 units a step
+    assert record.summary.forward_units == 396
+    assert record.summary.d == 64 * 4 + 4
+
+
+def test_record_schema_and_steps(plan):
+    (record, _) = run_specs(plan, plan.specs(HEAD))
+    folder = record.spec.folder(plan.study.paths.store)
+    data = json.loads((folder / RECORD).read_text())
+    assert set(data) == set(Record.model_fields)
+    assert set(data["summary"]) == set(Summary.model_fields)
+    assert data["environment"]["torch"] == torch.__version__
+    steps = pd.read_parquet(folder / STEPS)
+    training, evaluated = steps[steps["loss"].notna()], steps[steps["validation_accuracy"].notna()]
+    assert training["step"].tolist() == list(range(1, 45))
+    assert evaluated["step"].tolist() == [0, 12, 23, 44]
+    assert training["forward_units"].diff().dropna().eq(9).all()
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", RECORD, STEPS]
+
+
+@pytest.mark.parametrize("method", ["bp_checkpointing", "zo_vanilla"])
+def test_stop_and_resume_is_bit_equal(plan, method):
+    spec = plan.spec(Cell("tiny_lora", "docstrings", method, "units_96"), 0)
+    whole = prepared_run(plan, spec)
+    whole.train(lambda progress: None)
+
+    class Halt(Exception):
+        pass
+
+    def halt(progress):
+        if progress.state.step == 17:
+            raise Halt
+
+    first = prepared_run(plan, spec)
+    with pytest.raises(Halt):
+        first.train(halt)
+    path = Path("checkpoint.pt")
+    torch.save(first.state_dict(), path)
+    second = prepared_run(plan, spec)
+    second.load_state_dict(torch.load(path, weights_only=True))
+    second.train(lambda progress: None)
+    assert torch.equal(whole.objective.theta, second.objective.theta)
+    timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in second.state.rows]
+    assert timeless == [
+        {k: v for k, v in row.items() if k != "seconds"} for row in whole.state.rows
+    ]
+    assert second.state.resumed == 1
+
+
+def test_divergence_is_a_result(plan):
+    spec = plan.spec(HEAD, 0).model_copy(update={"optimizer": OptimizerSpec(name="sgd", lr=1e6)})
+    (record,) = run_specs(plan, [spec])
+    assert record.outcome == "diverged"
+    assert "times its start" in record.message or "not finite" in record.message
+
+
+def test_a_budget_below_one_step_fails_with_a_clear_line(plan):
+    spec = plan.spec(HEAD, 0)
+    tiny = spec.model_copy(update={"budget": spec.budget.scaled(0.01)})
+    with pytest.raises(UserError, match=r"budget of 4 forward units is below the 9\.00") as caught:
+        run_specs(plan, [tiny])
+    assert caught.value.code == 1
+    assert read_record(tiny.folder(plan.study.paths.store)).outcome == "failed"
+
+
+def test_a_finished_run_is_not_run_again_and_a_half_written_one_is(plan, capsys):
+    (record, _) = run_specs(plan, plan.specs(HEAD))
+    path = record.spec.folder(plan.study.paths.store) / RECORD
+    written = path.stat().st_mtime_ns
+    run_specs(plan, plan.specs(HEAD))
+    assert path.stat().st_mtime_ns == written
+    path.write_text(path.read_text()[:100])
+    (again, _) = run_specs(plan, plan.specs(HEAD))
+    assert "is incomplete or damaged; the run is computed again" in capsys.readouterr().err
+    assert again.summary.test_accuracy == record.summary.test_accuracy
+    assert again.outcome == "completed"
+
+
+def test_a_damaged_checkpoint_is_a_warning(plan, capsys):
+    spec = plan.spec(HEAD, 0)
+    folder = spec.folder(plan.study.paths.store)
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").write_bytes(b"half")
+    (record,) = run_specs(plan, [spec])
+    assert "can't be used" in capsys.readouterr().err
+    assert record.outcome == "completed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_the_middle_the_next_run_continues(costbp, workdir, plan, number):
+    cell = Cell("tiny_head", "docstrings", "fmad_vanilla", "units_4k")
+    words = [f"--{k}={v}" for k, v in cell._asdict().items()]
+    command = [sys.executable, "-m", "costbp", "train", "-c", str(SMOKE), *words]
+    folders = [spec.folder(plan.study.paths.store) for spec in plan.specs(cell)]
+    prepare(plan, "tiny_head", "docstrings")
+    process = subprocess.Popen(command, cwd=workdir, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not ((folders[0] / RECORD).exists() and (folders[1] / ".lock").exists()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == (130 if number == signal.SIGINT else -9), err
+    if number == signal.SIGINT:
+        assert "interrupted at step" in err and "Traceback" not in err
+    untouched = (folders[0] / RECORD).stat().st_mtime_ns
+    done = costbp("train", "-c", str(SMOKE), *words)
+    assert done.returncode == 0, done.stderr
+    assert (folders[0] / RECORD).stat().st_mtime_ns == untouched
+    assert read_record(folders[1]).outcome == "completed"
+    if number == signal.SIGINT:
+        assert "continuing from step" in done.stderr
+
+
+def test_unwritable_output_is_one_line(costbp, workdir):
+    (workdir / "runs").write_text("a file where a folder should be")
+    words = [f"--{k}={v}" for k, v in HEAD._asdict().items()]
+    done = costbp("train", "-c", str(SMOKE), *words)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("costbp: cannot write to runs/")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only folders")
+def test_read_only_output_is_one_line(costbp, workdir):
+    (workdir / "runs").mkdir(mode=0o500)
+    words = [f"--{k}={v}" for k, v in HEAD._asdict().items()]
+    done = costbp("train", "-c", str(SMOKE), *words)
+    assert done.returncode == 2 and "cannot write to runs/" in done.stderr
+
+
+def test_device_slots_are_distinct(tmp_path):
+    with first_free(2, tmp_path) as one, first_free(2, tmp_path) as two:
+        assert {one, two} == {0, 1}
+    with first_free(2, tmp_path) as again:
+        assert again == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_and_absent(tmp_path):
+    with pytest.raises(UserError, match="no CUDA device"), device_slot("cuda", tmp_path):
+        pass
+
+
+def test_stop_restores_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
