@@ -7,15 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from costbp import __version__
 from costbp.config.load import load_plan
 from costbp.config.study import Cell, Plan
+from costbp.console import say, table
 from costbp.errors import UserError, suggest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from assets; the hub is never asked
@@ -83,7 +82,7 @@ def assets(
         raise UserError(f"study '{study.name}' needs no asset '{only}'; {suggest(only, wanted)}")
     for name, asset in wanted.items():
         if only in (None, name):
-            folder = fetch(name, asset, study.study.paths.cache, say=_say)
+            folder = fetch(name, asset, study.study.paths.cache, say=say)
             print(f"{name}: {folder}")
             if out is not None:
                 write_json(out, {"asset": name, "sha256": asset.sha256, "folder": str(folder)})
@@ -106,7 +105,7 @@ def prepare(
     print(f"{path}: {facts['examples']}, majority {facts['majority']['test']:.3f} (test)")
     if truncated := sum(facts["truncated"].values()):
         limit = study.catalog.tasks[task].max_length
-        _say(f"{model}/{task}: {truncated} examples cut to {limit} tokens")
+        say(f"{model}/{task}: {truncated} examples cut to {limit} tokens")
     if out is not None:
         write_json(out, {"file": str(path), **facts})
 
@@ -135,7 +134,7 @@ def train(
         try:
             log_records(study, [record])
         except UserError as error:
-            _say(f"warning: {error}")
+            say(f"warning: {error}")
 
     specs = [study.spec(cell, s) for s in (seed or study.study.seeds)]
     records = run_specs(study, specs, done=track_run)
@@ -215,7 +214,7 @@ def cost(
         for e in entries
     ]
     head = ("method", "forward units", "closed form", "FLOPs", "time, forwards", "peak")
-    _table(f"{model}/{task}, batch {entries[0]['batch']}, CPU", head, rows)
+    table(f"{model}/{task}, batch {entries[0]['batch']}, CPU", head, rows)
 
 
 @app.command()
@@ -336,7 +335,7 @@ def status(
             )
             for r in shown
         ]
-        _table("", ("experiment", "seed", "state", "budget", "seconds"), rows)
+        table("", ("experiment", "seed", "state", "budget", "seconds"), rows)
 
 
 @app.command(name="list")
@@ -345,7 +344,7 @@ def list_entries(config: Config = None) -> None:
     study = load_plan(config or ())
     for kind in ("methods", "models", "tasks", "budgets"):
         entries = getattr(study.catalog, kind)
-        _table(
+        table(
             kind,
             ("name", "label", "notes"),
             [(n, e.label, e.notes or "") for n, e in entries.items()],
@@ -373,19 +372,6 @@ def schemas(folder: Annotated[Path, typer.Argument()] = Path("workflow/schemas")
         print(path)
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    table = Table(title=title or None, title_justify="left", header_style="bold")
-    for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index < 2 else "right" if title == "" else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 @app.callback(invoke_without_command=True)
 def _main(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
@@ -400,8 +386,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _say(f"costbp: {error}")
+        say(f"costbp: {error}")
         sys.exit(error.code)
     except KeyboardInterrupt:
-        _say("costbp: interrupted")
+        say("costbp: interrupted")
         sys.exit(130)

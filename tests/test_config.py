@@ -30,6 +30,8 @@ def edit(path: Path, old: str, new: str) -> None:
         ("config.yaml", "seeds:", "sedes:", ["unknown key 'sedes'", "did you mean 'seeds'"]),
         ("config.yaml", "seeds: [0, 1]", "seeds: []", ["seeds"]),
         ("config.yaml", "diverged_at: 10", "diverged_at: ten", ["evaluation.diverged_at", "'ten'"]),
+        ("config.yaml", "device: auto", "device: gpu", ["device", "'gpu'", "allowed: auto, cpu, cuda"]),
+        ("config.yaml", "0.4, 0.7, 1]", "0.7, 0.4, 1]", ["evaluation.points", "must rise"]),
         ("config.yaml", "study: laptop", "study: [laptop", ["line", "not valid YAML"]),
         ("catalog/budgets.yaml", "forward_units: 400", "forward_units: 0", ["units_400", "= 0", "greater than 0"]),
         ("catalog/budgets.yaml", "forward_units: 400", "forward_units: 400\n  steps: 3", ["exactly one of"]),

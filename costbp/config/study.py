@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from costbp.config.catalog import (
     AssetEntry,
@@ -51,6 +51,14 @@ class Evaluation(Strict):
         min_length=1, description="Fractions of the budget at which the validation split is scored."
     )
     batch_size: int = Field(64, ge=1)
+
+    @field_validator("points")
+    @classmethod
+    def _ordered(cls, points: tuple[float, ...]) -> tuple[float, ...]:
+        if list(points) != sorted(set(points)) or points[0] < 0 or points[-1] != 1:
+            raise ValueError("points must rise from 0 or more to exactly 1")
+        return points
+
     diverged_at: float = Field(
         10.0, gt=1, description="Smoothed training loss over its first value that ends a run."
     )
@@ -87,7 +95,7 @@ class Study(Strict):
 
     study: str = Field(pattern="^[A-Za-z0-9_-]+$", description="Name of the study.")
     description: str = ""
-    scale: str = Field("reduced", description="`reduced` or `full`: how verdicts are worded.")
+    scale: Literal["reduced", "full"] = Field("reduced", description="How verdicts are worded.")
     catalog: Path = Field(Path("config/catalog"), description="Folder of the catalog.")
     claims: Path = Field(Path("config/claims.yaml"), description="Claims to be tested.")
     seeds: tuple[int, ...] = Field(min_length=1)
@@ -96,7 +104,7 @@ class Study(Strict):
     tuning: Tuning
     paths: Paths = Paths()
     resources: Resources = Resources()
-    device: str = Field("auto", description="`auto`, `cpu` or `cuda`.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where runs train.")
 
 
 class RunSpec(Strict):

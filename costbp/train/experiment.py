@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import pandas as pd
 import torch
 
 from costbp.config.study import Cell, Plan, RunSpec
+from costbp.console import say
 from costbp.errors import UserError
 from costbp.estimators import build_estimator
 from costbp.files import atomic, lock, write_json
@@ -37,10 +37,6 @@ from costbp.train.record import (
 )
 
 CHECKPOINT_SECONDS = 20.0
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class Stop:

@@ -126,7 +126,10 @@ def one_node_slurm(folder: Path, gpus: int = 1) -> Iterator[dict[str, str]]:
 def _write(folder: Path, gpus: int) -> dict[str, str]:
     """Write configuration and wrappers; returns the environment that leads to them."""
     host = socket.gethostname().split(".")[0]
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("", 0)) as two:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as two,
+    ):
         ports = one.getsockname()[1], two.getsockname()[1]
     key = folder / "munge.key"
     key.touch(mode=0o600)
