@@ -28,10 +28,15 @@ except UserError as error:
 
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
-COSTBP = f"{sys.executable} -m costbp"
 CELLS = list(PLAN.cells())
 PAIRS = PLAN.pairs()
 LABELS = PLAN.labels()  # words of the report: a change redraws it, and runs nothing else
+
+# Rules call the `costbp` that belongs to this interpreter, whatever PATH says, on every node.
+# Waiting threads that spin would make small models 10-20x slower on a busy machine.
+shell.prefix(
+    f"export PATH={Path(sys.executable).parent}:$PATH OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0; "
+)
 
 
 wildcard_constraints:

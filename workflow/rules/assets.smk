@@ -15,7 +15,7 @@ rule asset:
     message:
         "fetching {wildcards.asset}"
     shell:
-        "{COSTBP} assets --plan {params.plan} --only {wildcards.asset} --out {output} 2>&1 | tee {log}"
+        "costbp assets --plan {params.plan} --only {wildcards.asset} --out {output} 2>&1 | tee {log}"
 
 
 rule prepare:
@@ -37,5 +37,5 @@ rule prepare:
     message:
         "encoding {wildcards.task} for {wildcards.model}"
     shell:
-        "OMP_NUM_THREADS={threads} {COSTBP} prepare --plan {params.plan}"
+        "OMP_NUM_THREADS={threads} costbp prepare --plan {params.plan}"
         " --model {wildcards.model} --task {wildcards.task} --out {output} > {log} 2>&1"

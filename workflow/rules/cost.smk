@@ -5,7 +5,7 @@
 
 rule cost:
     input:
-        unpack(needed_by),
+        RESULTS / "prepared" / "{model}" / "{task}.json",
     output:
         RESULTS / "cost" / "{model}" / "{task}.json",
     params:
@@ -23,5 +23,5 @@ rule cost:
     message:
         "measuring the cost of {params.methods} for {wildcards.model} on {wildcards.task}"
     shell:
-        THREADS + " {COSTBP} cost --plan {params.plan} --model {wildcards.model}"
+        "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan} --model {wildcards.model}"
         " --task {wildcards.task} --method {params.methods} --out {output} > {log} 2>&1"

@@ -20,7 +20,7 @@ rule aggregate:
     message:
         "collecting records"
     shell:
-        "{COSTBP} aggregate --plan {params.plan} > {log} 2>&1"
+        "costbp aggregate --plan {params.plan} > {log} 2>&1"
 
 
 rule mlflow:
@@ -36,7 +36,7 @@ rule mlflow:
     message:
         "completing the MLflow store"
     shell:
-        "{COSTBP} track --plan {params.plan} --out {output} > {log} 2>&1"
+        "costbp track --plan {params.plan} --out {output} > {log} 2>&1"
 
 
 rule tables:
@@ -62,7 +62,7 @@ rule tables:
     message:
         "writing tables"
     shell:
-        "{COSTBP} tables --plan {params.plan} > {log} 2>&1"
+        "costbp tables --plan {params.plan} > {log} 2>&1"
 
 
 rule figures:
@@ -84,7 +84,7 @@ rule figures:
     message:
         "drawing figures"
     shell:
-        "{COSTBP} figures --plan {params.plan} > {log} 2>&1"
+        "costbp figures --plan {params.plan} > {log} 2>&1"
 
 
 rule claims:
@@ -106,7 +106,7 @@ rule claims:
     message:
         "judging claims"
     shell:
-        "{COSTBP} claims --plan {params.plan} > {log} 2>&1"
+        "costbp claims --plan {params.plan} > {log} 2>&1"
 
 
 rule page:
@@ -125,4 +125,4 @@ rule page:
     message:
         "writing {output}"
     shell:
-        "{COSTBP} report --plan {params.plan} > {log} 2>&1"
+        "costbp report --plan {params.plan} > {log} 2>&1"

@@ -1,13 +1,6 @@
 # One job an experiment; its seeds run one after the other in one process. What is finished lives in
 # the run store, outside `output:`, so that a failed or killed job loses nothing.
 
-# Waiting threads that spin make small models 10-20x slower on a busy machine.
-THREADS = "OMP_NUM_THREADS={threads} OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0"
-
-
-def needed_by(wildcards):
-    return {"data": RESULTS / "prepared" / wildcards.model / f"{wildcards.task}.json"}
-
 
 rule tracking_store:
     output:
@@ -20,12 +13,12 @@ rule tracking_store:
     message:
         "creating the MLflow experiment"
     shell:
-        "{COSTBP} track --create --plan {params.plan} --out {output} > {log} 2>&1"
+        "costbp track --create --plan {params.plan} --out {output} > {log} 2>&1"
 
 
 rule train:
     input:
-        unpack(needed_by),
+        data=RESULTS / "prepared" / "{model}" / "{task}.json",
         store=ancient(RESULTS / "tracking.json"),
     output:
         RESULTS / "train" / "{model}" / "{task}" / "{method}" / "{budget}.json",
@@ -44,6 +37,6 @@ rule train:
     message:
         "training {wildcards.model} on {wildcards.task} by {wildcards.method}, {wildcards.budget}"
     shell:
-        THREADS + " {COSTBP} train --plan {params.plan} --model {wildcards.model}"
+        "OMP_NUM_THREADS={threads} costbp train --plan {params.plan} --model {wildcards.model}"
         " --task {wildcards.task} --method {wildcards.method} --budget {wildcards.budget}"
         " --out {output} > {log} 2>&1"

@@ -4,7 +4,7 @@
 
 rule trials:
     input:
-        unpack(needed_by),
+        RESULTS / "prepared" / "{model}" / "{task}.json",
     output:
         RESULTS / "tune" / "{model}" / "{task}" / "{method}" / "{budget}.json",
     params:
@@ -22,7 +22,7 @@ rule trials:
     message:
         "tuning {wildcards.method} for {wildcards.model} on {wildcards.task}"
     shell:
-        THREADS + " {COSTBP} tune --plan {params.plan} --model {wildcards.model}"
+        "OMP_NUM_THREADS={threads} costbp tune --plan {params.plan} --model {wildcards.model}"
         " --task {wildcards.task} --method {wildcards.method} --budget {wildcards.budget}"
         " --out {output} > {log} 2>&1"
 
@@ -41,4 +41,4 @@ rule tune:
     message:
         "choosing learning rates: {params.committed}"
     shell:
-        "({COSTBP} tuned --plan {params.plan} --out {output} && cp {output} {params.committed}) > {log} 2>&1"
+        "(costbp tuned --plan {params.plan} --out {output} && cp {output} {params.committed}) > {log} 2>&1"
