@@ -27,6 +27,8 @@ from costbp.files import atomic
 DASHES = {"bp": "", "fmad": (4, 1.5), "zo": (1.2, 1.2)}
 MARKERS = {"bp": "o", "fmad": "s", "zo": "^"}
 PANEL = (4.3, 3.1)  # inches
+LEGEND = 0.8  # inches
+READABLE = (0, 1, 2, 3, 4, 5, 7, 9, 6, 8)  # of seaborn's ten, the pale ones last
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Style:
 def style(plan: Plan) -> Style:
     methods = list(dict.fromkeys(cell.method for cell in plan.cells()))
     entries = [plan.catalog.methods[name] for name in methods]
-    palette = sns.color_palette("colorblind", len(entries))
+    colors = sns.color_palette("colorblind", 10)
+    palette = [colors[i] for i in READABLE[: len(entries)]]
     if len(entries) > 10:
         palette = sns.husl_palette(len(entries))
     order = [entry.label for entry in entries]
@@ -68,7 +71,7 @@ def _grid(
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.35)
     models = list(dict.fromkeys(frame["model"]))
     tasks = list(dict.fromkeys(frame["task"]))
-    size = (PANEL[0] * len(tasks), PANEL[1] * len(models) + 0.9)
+    size = (PANEL[0] * len(tasks), PANEL[1] * len(models) + LEGEND)
     figure, axes = plt.subplots(len(models), len(tasks), figsize=size, squeeze=False)
     for i, model in enumerate(models):
         for j, task in enumerate(tasks):
@@ -96,7 +99,7 @@ def _grid(
         ncol=min(4, len(shown)),
         frameon=False,
     )
-    figure.tight_layout(rect=(0, 0.24 / len(models) if len(models) < 2 else 0.11, 1, 1))
+    figure.tight_layout(rect=(0, LEGEND / size[1], 1, 1))
     return figure
 
 
