@@ -19,8 +19,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from costbp.analysis.frames import Frames
+from costbp.analysis.tables import mib
 from costbp.config.study import Plan
 from costbp.files import atomic
 
@@ -152,7 +154,7 @@ def memory_accuracy(plan: Plan, frames: Frames) -> Figure:
             accuracy = part["test_accuracy"].dropna()
             mean = accuracy.mean()
             axis.errorbar(
-                part["MiB"].iloc[0],
+                part["bytes"].iloc[0],
                 mean,
                 yerr=[[mean - accuracy.min()], [accuracy.max() - mean]],
                 fmt=look.markers[label],
@@ -163,10 +165,14 @@ def memory_accuracy(plan: Plan, frames: Frames) -> Figure:
             )
         axis.set_ylim(0, 1)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
+        axis.xaxis.set_major_formatter(lambda value, _: mib(value).replace(".0", ""))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.tick_params(axis="x", labelsize=9)
 
     runs = _labelled(plan, frames.runs)
-    runs = runs.assign(MiB=(runs["peak_bytes"] + runs["state_bytes"]) / 2**20)
-    return _grid(plan, runs, draw, "Peak memory beyond weights, MiB", "Test accuracy")
+    runs = runs.assign(bytes=runs["peak_bytes"] + runs["state_bytes"])
+    return _grid(plan, runs, draw, "Peak memory beyond weights", "Test accuracy")
 
 
 FIGURES: dict[str, tuple[str, Callable[[Plan, Frames], Figure]]] = {
