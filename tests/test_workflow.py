@@ -33,16 +33,20 @@ def study(tmp_path_factory) -> Path:
     return folder
 
 
-def snakemake(folder: Path, *words: str, cores: str = "2") -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+def python(folder: Path, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """``python -m module words`` in ``folder``, on the study's own tracking store."""
     return subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", cores, *words],
+        [sys.executable, "-m", module, *words],
         cwd=folder,
-        env=environment,
+        env={k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def snakemake(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return python(folder, "snakemake", "--cores", "2", *words)
 
 
 def test_outputs_for_people(study):
@@ -110,24 +114,12 @@ def test_mistake_stops_before_the_first_rule(study):
 
 
 def test_lint_is_clean(study):
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--lint"],
-        cwd=study,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(study, "snakemake", "--lint")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_status_counts_runs(study):
-    done = subprocess.run(
-        [sys.executable, "-m", "costbp", "status", "-c", SMOKE],
-        cwd=study,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python(study, "costbp", "status", "-c", SMOKE)
     assert "10 runs: 10 done" in done.stdout
 
 
@@ -150,13 +142,7 @@ def test_mlflow_holds_every_run_once_with_its_metrics(study):
         "record.json",
         "steps.parquet",
     }
-    again = subprocess.run(
-        [sys.executable, "-m", "costbp", "track", "-c", SMOKE],
-        cwd=study,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    again = python(study, "costbp", "track", "-c", SMOKE)
     assert "0 of 10 runs added" in again.stdout
 
 
@@ -206,13 +192,7 @@ def test_ui_answers_with_the_runs(study):
 def test_ui_says_when_its_port_is_taken(study):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, "-m", "costbp", "ui", "-c", SMOKE, "--port", str(port)],
-            cwd=study,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = python(study, "costbp", "ui", "-c", SMOKE, "--port", str(port))
     assert done.returncode == 2
     assert done.stderr.strip() == (
         f"costbp: port {port} is already in use; choose another: costbp ui --port {port + 1}"
