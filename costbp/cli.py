@@ -186,7 +186,7 @@ def cost(
 ) -> None:
     """Measure what one step of each method costs: FLOPs, forward units, seconds, peak bytes."""
     from costbp.analysis.tables import mib, si
-    from costbp.measure.cost import measure_costs, write_costs
+    from costbp.train.cost import measure_costs, write_costs
 
     study = _plan(config, plan)
     _known(study, "models", model)

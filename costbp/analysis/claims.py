@@ -181,7 +181,8 @@ def _to_same_accuracy(plan: Plan, frames: Frames, column: str, reading: Reading)
         finite = [ratio for ratio in found if ratio != float("inf")]
         ratio = statistics.geometric_mean(finite) if finite and min(finite) > 0 else min(found)
         verdict = None if min(found) <= 1 <= max(found) else min(found) > 1
-        note = f"{ratio:.1f}x" if ratio else "reference never got there"
+        words = {0.0: "reference never got there", float("inf"): "reference starts there"}
+        note = words.get(ratio, f"{ratio:.1f}x")
         reading.sort(f"{pair.name}: {note}", verdict)
         if ratio not in (0.0, float("inf")):
             ratios.append(ratio)

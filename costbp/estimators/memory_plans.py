@@ -44,7 +44,8 @@ def keep_all(module: nn.Module) -> Iterator[None]:
 def per_block(module: nn.Module) -> Iterator[None]:
     """Store only block inputs and run each block again in the backward pass (Chen et al. 2016,
     arXiv 1604.06174). The last block is kept: its activations are needed first, so recomputing it
-    would save nothing at the peak. A single block (a bare head) is recomputed all the same.
+    would save nothing at the peak. A module that is its own single block is
+    recomputed whole; a lone linear layer stores nothing but its input, so there nothing is to do.
 
     Each block is replayed with its own positional and keyword arguments, since masks differ by
     layer in some families.
