@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from costbp.config import load_plan
 from costbp.estimators import build_estimator
-from costbp.measure.memory import PeakMemory
+from costbp.estimators.memory_plans import PLANS
+from costbp.measure.meter import Meter
 from costbp.measure.step import CostCounter
 from costbp.models.build import Head, build_model
 from costbp.objective import Key, Objective
@@ -39,19 +41,65 @@ def test_flops_of_a_head_equal_the_hand_count(name, monkeypatch):
     assert cost.flops == UNITS[name] * cost.forward_flops
 
 
-@pytest.mark.parametrize("name", UNITS)
-def test_units_of_an_encoder_are_near_the_closed_form(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    catalog = load_plan().catalog
+def encoder(catalog):
+    """The tiny encoder's objective and a batch of 4 x 16 tokens."""
     module = build_model(catalog.models["tiny_lora"], 4, Path("unused"), seed=0, width=0)
-    objective = Objective(module, cross_entropy)
-    estimator = build_estimator(catalog.methods[name])
     ids = torch.randint(3, 2000, (4, 16))
     data = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "labels": torch.zeros(4).long(),
     }
+    return Objective(module, cross_entropy), data
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_flops_equal_those_of_torch_s_counter(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    catalog = load_plan().catalog
+    objective, data = encoder(catalog)
+    estimator = build_estimator(catalog.methods[name])
+    batches = [data] * estimator.batches_per_step
+    with FlopCounterMode(display=False) as counter:
+        estimator.estimate(objective, batches, Key(0, 0))
+    assert CostCounter(estimator)(objective, batches, Key(0, 0)).flops == counter.get_total_flops()
+
+
+def test_checkpointing_saves_what_the_recomputed_blocks_would_keep(monkeypatch):
+    """Against torch's own count of bytes saved for backward, not against our meter."""
+    monkeypatch.chdir(ROOT)
+    catalog = load_plan().catalog
+    peaks, saved = {}, {}
+    for name in ("bp_vanilla", "bp_checkpointing"):
+        objective, data = encoder(catalog)
+        estimator = build_estimator(catalog.methods[name])
+        peaks[name] = CostCounter(estimator)(objective, [data], Key(0, 0)).peak_bytes
+        existing = {t.untyped_storage().data_ptr() for t in objective.module.parameters()}
+        kept = {}
+
+        def pack(tensor, existing=existing, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in existing:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            with PLANS[catalog.methods[name].estimator.plan](objective.module):
+                loss = objective.value(data)
+        saved[name] = sum(kept.values())
+        del loss
+    difference = saved["bp_vanilla"] - saved["bp_checkpointing"]
+    assert difference > 0.3 * saved["bp_vanilla"]
+    # at the peak of the plan a recomputed block lies beside the inputs of the others
+    assert peaks["bp_vanilla"] - peaks["bp_checkpointing"] > 0.3 * difference
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_units_of_an_encoder_are_near_the_closed_form(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    catalog = load_plan().catalog
+    objective, data = encoder(catalog)
+    estimator = build_estimator(catalog.methods[name])
     cost = CostCounter(estimator)(objective, [data] * estimator.batches_per_step, Key(0, 0))
     expected = forward_units(catalog.methods[name])
     if name == "bp_checkpointing":  # the last of two blocks is kept: half of the recomputation
@@ -62,7 +110,7 @@ def test_units_of_an_encoder_are_near_the_closed_form(name, monkeypatch):
 
 
 def test_peak_memory_follows_lifetimes():
-    with PeakMemory() as memory:
+    with Meter() as memory:
         a = torch.zeros(1000, dtype=torch.float32)
         b = a + 1
         view = b.view(10, 100)
@@ -75,6 +123,6 @@ def test_peak_memory_follows_lifetimes():
 
 def test_peak_memory_ignores_what_was_there():
     weight = torch.zeros(1000)
-    with PeakMemory([weight]) as memory:
+    with Meter([weight]) as memory:
         weight.view(10, 100).t()
     assert memory.peak == 0

@@ -20,7 +20,7 @@ from costbp.config.catalog import (
     short_hash,
 )
 
-FORMAT = 1  # raised when the meaning of a run changes, so that old records are not mistaken for new
+FORMAT = 2  # raised when the meaning of a run changes, so that old records are not mistaken for new
 
 
 class Cell(NamedTuple):

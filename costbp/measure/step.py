@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from costbp.estimators.base import Estimator
-from costbp.measure.memory import PeakMemory
+from costbp.measure.meter import Meter
 from costbp.objective import Batch, Key, Objective
 
 
@@ -37,32 +36,10 @@ class StepCost:
         return self.flops / self.forward_flops
 
 
-def count_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products that ``run()`` dispatches (a product of m x k and k x n counts
-    2 m k n; elementwise work is not counted)."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 @torch.no_grad()
 def forward_only(objective: Objective, batch: Batch) -> None:
     """The unit: one forward of one batch, without a graph."""
     objective.value(batch)
-
-
-def counted(run: Callable[[], Any], objective: Objective, batch: Batch) -> tuple[int, int]:
-    """FLOPs of ``run()``, and its peak bytes beyond what is there before it starts."""
-    existing = [
-        *objective.module.parameters(),
-        *objective.module.buffers(),
-        objective.theta,
-        *(p.grad for p in objective.module.parameters() if p.grad is not None),
-        *batch.values(),
-    ]
-    with PeakMemory(existing) as memory:
-        flops = count_flops(run)
-    return flops, memory.peak
 
 
 def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Key) -> StepCost:
@@ -71,12 +48,20 @@ def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Ke
     Raises:
         ValueError: the forward pass runs no matrix product that could serve as the unit.
     """
-    forward = count_flops(lambda: forward_only(objective, batch))
-    if not forward:
+    with Meter() as forward:
+        forward_only(objective, batch)
+    if not forward.flops:
         raise ValueError("the forward pass runs no matrix product: forward units are undefined")
-    part = estimator.per_batch
-    flops, peak = counted(lambda: part.estimate(objective, [batch], key), objective, batch)
-    return StepCost(flops, forward, peak)
+    existing = [
+        *objective.module.parameters(),
+        *objective.module.buffers(),
+        objective.theta,
+        *(p.grad for p in objective.module.parameters() if p.grad is not None),
+        *batch.values(),
+    ]
+    with Meter(existing) as step:
+        estimator.per_batch.estimate(objective, [batch], key)
+    return StepCost(step.flops, forward.flops, step.peak)
 
 
 class CostCounter:
