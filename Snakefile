@@ -5,6 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from costbp.analysis.captions import CAPTIONS
 from costbp.config import Cell, load_plan
 from costbp.errors import UserError
 from costbp.files import write_text
@@ -30,6 +31,8 @@ REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
 CELLS = list(PLAN.cells())
 PAIRS = PLAN.pairs()
+HEADS = [model for model, _ in PAIRS if PLAN.catalog.models[model].reads_features]
+ENCODERS = [model for model, _ in PAIRS if model not in HEADS]
 LABELS = PLAN.labels()  # words of the report: a change redraws it, and runs nothing else
 
 # Rules call the `costbp` that belongs to this interpreter, whatever PATH says, on every node.

@@ -129,6 +129,8 @@ def train(
     cell = _cell(study, model, task, method, budget)
 
     def track_run(record: Record) -> None:
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            return  # importing MLflow takes seconds: the local store is filled once, at the end
         from costbp.tracking.mlflow_store import log_records
 
         try:
@@ -268,28 +270,16 @@ def report(config: Config = None, plan: Frozen = None) -> None:
 
 
 @app.command()
-def track(
-    config: Config = None,
-    plan: Frozen = None,
-    create: Annotated[bool, typer.Option("--create", help="Only create the database.")] = False,
-    out: Out = None,
-) -> None:
+def track(config: Config = None, plan: Frozen = None, out: Out = None) -> None:
     """Bring MLflow up to date with the run store; logs nothing twice."""
     from costbp.files import write_json
-    from costbp.tracking.mlflow_store import experiment_id, log_records, tracking_uri
-    from costbp.train.record import read_record
+    from costbp.tracking.mlflow_store import sync, tracking_uri
 
     study = _plan(config, plan)
-    uri = tracking_uri(study)
-    if create:
-        experiment_id(study, uri)
-    else:
-        specs = [spec for cell in study.cells() for spec in study.specs(cell)]
-        folders = [spec.folder(study.study.paths.store) for spec in specs]
-        records = [r for r in map(read_record, folders) if r is not None]
-        print(f"{log_records(study, records)} of {len(records)} runs added to {uri}")
+    added, finished = sync(study)
+    print(f"{added} of {finished} runs added to {tracking_uri(study)}")
     if out is not None:
-        write_json(out, {"study": study.name})
+        write_json(out, {"study": study.name, "runs": finished})
 
 
 @app.command()

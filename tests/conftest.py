@@ -22,12 +22,20 @@ ROOT = Path(__file__).parent.parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def working_copy(folder: Path) -> Path:
+    """A folder of its own with workflow and configuration, so with its own store and cache."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "Snakefile", folder)
+    for name in ("workflow", "config"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "profiles").symlink_to("workflow/profiles")
+    return folder
+
+
 @pytest.fixture
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with Snakefile, workflow and config, made the working directory."""
-    shutil.copy(ROOT / "Snakefile", tmp_path)
-    for name in ("workflow", "config"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+    working_copy(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import working_copy
 
 SMOKE = "config/studies/smoke.yaml"
 
@@ -24,21 +25,20 @@ SMOKE = "config/studies/smoke.yaml"
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
     """A working copy in which the smoke study has run."""
-    folder = tmp_path_factory.mktemp("smoke")
-    shutil.copy(ROOT / "Snakefile", folder)
-    for name in ("workflow", "config"):
-        shutil.copytree(ROOT / name, folder / name)
+    folder = working_copy(tmp_path_factory.mktemp("smoke"))
     done = snakemake(folder, "--configfile", SMOKE)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
-def python(folder: Path, module: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """``python -m module words`` in ``folder``, on the study's own tracking store."""
+def python(
+    folder: Path, module: str, *words: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """``python -m module words`` in ``folder``, on the study's own tracking store by default."""
     return subprocess.run(
         [sys.executable, "-m", module, *words],
         cwd=folder,
-        env={k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"},
+        env={k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -107,6 +107,16 @@ def test_a_label_redraws_reports_and_trains_nothing(study, tmp_path):
     assert "figures" in text and "page" in text
 
 
+def test_the_reference_of_claims_redraws_them(study, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(study, copy)
+    path = copy / "config/catalog/methods.yaml"
+    path.write_text(path.read_text().replace("  reference: true\n", ""))
+    done = snakemake(copy, "--configfile", SMOKE)
+    assert done.returncode != 0
+    assert "claims need exactly one method" in (copy / "logs/smoke/claims.log").read_text()
+
+
 def test_mistake_stops_before_the_first_rule(study):
     done = snakemake(study, "--configfile", SMOKE, "--config", "seeds=[]")
     assert done.returncode != 0
@@ -144,6 +154,47 @@ def test_mlflow_holds_every_run_once_with_its_metrics(study):
     }
     again = python(study, "costbp", "track", "-c", SMOKE)
     assert "0 of 10 runs added" in again.stdout
+
+
+def test_mlflow_tracking_uri_is_honoured(study, tmp_path):
+    uri = f"sqlite:///{tmp_path / 'other.db'}"
+    done = python(study, "costbp", "track", "-c", SMOKE, MLFLOW_TRACKING_URI=uri)
+    assert f"10 of 10 runs added to {uri}" in done.stdout, done.stderr
+
+
+def test_the_workflow_killed_in_the_middle_continues_by_the_same_command(tmp_path):
+    folder = working_copy(tmp_path / "killed")
+    overlay = {
+        "study": "killed",
+        "experiments": [
+            {
+                "models": ["tiny_head"],
+                "tasks": ["docstrings"],
+                "methods": ["bp_checkpointing", "fmad_vanilla"],
+                "budgets": ["units_4k"],
+            }
+        ],
+    }
+    (folder / "killed.yaml").write_text(yaml.safe_dump(overlay))
+    words = ["--cores", "1", "--configfile", SMOKE, "killed.yaml"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", *words],
+        cwd=folder,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(records := sorted(folder.glob("runs/*/*/*/*/*/record.json"))) < 1:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in records}
+    done = python(folder, "snakemake", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path: path.stat().st_mtime_ns for path in records} == finished
+    assert len(sorted(folder.glob("runs/*/*/*/*/*/record.json"))) == 4
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from costbp.analysis.captions import CAPTIONS
 from costbp.analysis.frames import Frames
 from costbp.analysis.tables import mib
 from costbp.config.study import Plan
@@ -175,44 +177,22 @@ def memory_accuracy(plan: Plan, frames: Frames) -> Figure:
     return _grid(plan, runs, draw, "Peak memory beyond weights", "Test accuracy")
 
 
-FIGURES: dict[str, tuple[str, Callable[[Plan, Frames], Figure]]] = {
-    "accuracy_units": (
-        "Validation accuracy against forward units: equal abscissa is equal compute. The dotted "
-        "line is the majority class.",
-        lambda p, f: curve(
-            p, f, "forward_units", "validation_accuracy", "Forward units", "Validation accuracy"
-        ),
-    ),
-    "accuracy_seconds": (
-        "Validation accuracy against training seconds on this machine, evaluation excluded.",
-        lambda p, f: curve(
-            p, f, "seconds", "validation_accuracy", "Training seconds", "Validation accuracy"
-        ),
-    ),
-    "loss_units": (
-        "Validation loss against forward units.",
-        lambda p, f: curve(
-            p, f, "forward_units", "validation_loss", "Forward units", "Validation loss"
-        ),
-    ),
-    "loss_seconds": (
-        "Validation loss against training seconds.",
-        lambda p, f: curve(
-            p, f, "seconds", "validation_loss", "Training seconds", "Validation loss"
-        ),
-    ),
-    "memory_accuracy": (
-        "Test accuracy at the end of the budget against the peak memory of a step beyond weights; "
-        "bars are the range over seeds. Up and to the left is better.",
-        memory_accuracy,
-    ),
-}
+FIGURES: dict[str, Callable[[Plan, Frames], Figure]] = {
+    f"{name}_{scale}": partial(
+        curve, x=column, y=f"validation_{name}", x_label=label, y_label=f"Validation {name}"
+    )
+    for name in ("accuracy", "loss")
+    for scale, column, label in (
+        ("units", "forward_units", "Forward units"),
+        ("seconds", "seconds", "Training seconds"),
+    )
+} | {"memory_accuracy": memory_accuracy}
 
 
 def write(plan: Plan, frames: Frames, folder: Path) -> None:
     """Every figure as PNG and PDF."""
-    for name, (_, make) in FIGURES.items():
-        figure = make(plan, frames)
+    for name in CAPTIONS:
+        figure = FIGURES[name](plan, frames)
         for kind in ("png", "pdf"):
             with atomic(folder / f"{name}.{kind}") as temporary:
                 metadata = {"CreationDate": None} if kind == "pdf" else None

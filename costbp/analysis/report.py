@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from costbp.analysis.captions import CAPTIONS
 from costbp.analysis.claims import judge, reference_method
-from costbp.analysis.figures import FIGURES
 from costbp.analysis.frames import Frames
 from costbp.analysis.tables import HEADERS, cost_table, readable, scale_line, spread
 from costbp.config.study import Plan
@@ -145,7 +145,7 @@ def write_claims(plan: Plan, frames: Frames, folder: Path) -> None:
 def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
     """``index.html``: one file that needs nothing else."""
     images = {}
-    for name in FIGURES:
+    for name in CAPTIONS:
         data = (folder / "figures" / f"{name}.png").read_bytes()
         images[name] = "data:image/png;base64," + base64.b64encode(data).decode()
     claims = json.loads((folder / "claims.json").read_text())["claims"]
@@ -160,7 +160,7 @@ def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
         summary=readable(plan, frames).rename(columns=HEADERS),
         costs=cost_table(plan, frames),
         unusual=unusual(frames),
-        figures={name: (caption, images[name]) for name, (caption, _) in FIGURES.items()},
+        figures={name: (caption, images[name]) for name, caption in CAPTIONS.items()},
         notes=notes(plan, frames),
         methods={name: plan.catalog.methods[name] for name in methods},
         choices=frames.runs.groupby(["model", "task", "method"], sort=False)["optimizer"]

@@ -218,13 +218,14 @@ class Plan(Strict):
 
     def labels(self) -> str:
         """Hash of the texts that reports show and runs don't depend on."""
-        kinds = ("methods", "models", "tasks", "budgets")
         texts = {
             kind: {
-                name: [entry.label, entry.citation, entry.notes]
+                name: entry.model_dump(
+                    mode="json", include=entry.cosmetic - {"optimizer", "trials"}
+                )
                 for name, entry in getattr(self.catalog, kind).items()
             }
-            for kind in kinds
+            for kind in ("methods", "models", "tasks", "budgets")
         }
         return short_hash([texts, self.study.description, self.study.scale])
 

@@ -6,6 +6,7 @@ time stamps, so logging twice adds nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import pandas as pd
 from costbp.config.study import Plan
 from costbp.errors import UserError
 from costbp.files import ensure_folder, lock
-from costbp.train.record import RECORD, STEPS, Record
+from costbp.train.record import RECORD, STEPS, Record, read_record
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -32,6 +33,21 @@ def tracking_uri(plan: Plan) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or local
 
 
+def sync(plan: Plan) -> tuple[int, int]:
+    """Bring MLflow up to date with the study's finished runs; returns (added, finished).
+
+    Raises:
+        UserError: the tracking server can't be reached or refuses.
+    """
+    specs = [spec for cell in plan.cells() for spec in plan.specs(cell)]
+    records = []
+    for spec in specs:
+        with contextlib.suppress(ValueError):  # a damaged record is computed again by the workflow
+            records.append(read_record(spec.folder(plan.study.paths.store)))
+    found = [record for record in records if record is not None]
+    return (log_records(plan, found) if found else 0), len(found)
+
+
 def database(uri: str) -> Path | None:
     """The file behind a SQLite URI, None for anything else."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
@@ -40,8 +56,8 @@ def database(uri: str) -> Path | None:
 def experiment_id(plan: Plan, uri: str) -> str:
     """The MLflow experiment of a study, created with its database at the first call.
 
-    Creation happens under a lock, in one process: several at once fail in the migrations. WAL mode
-    lets concurrent jobs write without errors.
+    Creation happens under a lock, since several at once fail in the migrations. WAL mode lets the
+    UI read, and other jobs write, while one writes.
     """
     from mlflow.tracking import MlflowClient
 

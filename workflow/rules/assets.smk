@@ -7,6 +7,7 @@ rule asset:
     params:
         plan=RESOLVED,
         sha256=lambda wildcards: PLAN.catalog.assets[wildcards.asset].sha256,
+        members=lambda wildcards: sorted(PLAN.catalog.assets[wildcards.asset].members.items()),
     log:
         LOGS / "assets" / "{asset}.log",
     benchmark:

@@ -1,7 +1,6 @@
 # From records to what people read. Every step reads tidy tables alone.
 
 TABLES = REPORTS / "tables"
-FIGURES = ["accuracy_units", "accuracy_seconds", "loss_units", "loss_seconds", "memory_accuracy"]
 
 
 rule aggregate:
@@ -14,6 +13,7 @@ rule aggregate:
         RESULTS / "costs.parquet",
     params:
         plan=RESOLVED,
+        labels=LABELS,
     log:
         LOGS / "aggregate.log",
     localrule: True
@@ -70,11 +70,11 @@ rule figures:
         rules.aggregate.output,
     output:
         report(
-            expand(REPORTS / "figures" / "{name}.png", name=FIGURES),
+            expand(REPORTS / "figures" / "{name}.png", name=list(CAPTIONS)),
             caption="../report/figure.rst",
             category="Figures",
         ),
-        expand(REPORTS / "figures" / "{name}.pdf", name=FIGURES),
+        expand(REPORTS / "figures" / "{name}.pdf", name=list(CAPTIONS)),
     params:
         plan=RESOLVED,
         labels=LABELS,

@@ -2,24 +2,9 @@
 # the run store, outside `output:`, so that a failed or killed job loses nothing.
 
 
-rule tracking_store:
-    output:
-        RESULTS / "tracking.json",
-    params:
-        plan=RESOLVED,
-    log:
-        LOGS / "tracking_store.log",
-    localrule: True
-    message:
-        "creating the MLflow experiment"
-    shell:
-        "costbp track --create --plan {params.plan} --out {output} > {log} 2>&1"
-
-
 rule train:
     input:
-        data=RESULTS / "prepared" / "{model}" / "{task}.json",
-        store=ancient(RESULTS / "tracking.json"),
+        RESULTS / "prepared" / "{model}" / "{task}.json",
     output:
         RESULTS / "train" / "{model}" / "{task}" / "{method}" / "{budget}.json",
     params:
@@ -29,7 +14,10 @@ rule train:
         LOGS / "train" / "{model}-{task}-{method}-{budget}.log",
     benchmark:
         LOGS / "train" / "{model}-{task}-{method}-{budget}.benchmark.jsonl"
+    wildcard_constraints:
+        model="|".join(ENCODERS) or "(?!)",
     threads: 1
+    priority: 1  # the long jobs first, so that no core waits for one at the end
     resources:
         gpu=PLAN.study.resources.gpu,
         mem_mb=PLAN.study.resources.mem_mb,
@@ -40,3 +28,9 @@ rule train:
         "OMP_NUM_THREADS={threads} costbp train --plan {params.plan} --model {wildcards.model}"
         " --task {wildcards.task} --method {wildcards.method} --budget {wildcards.budget}"
         " --out {output} > {log} 2>&1"
+
+
+use rule train as train_head with:
+    wildcard_constraints:
+        model="|".join(HEADS) or "(?!)",
+    priority: 0
