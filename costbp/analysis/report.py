@@ -68,7 +68,8 @@ def notes(plan: Plan, frames: Frames) -> list[str]:
         "A forward unit is the FLOPs of one no-grad forward of one batch. Evaluation is not "
         "charged; a run stops before the step that would exceed its budget.",
         "Curves show the validation split; the summary's accuracy is measured once, on the test "
-        "split, at the end of the budget.",
+        "split, at the end of the budget. The cards show the best FmAD and ZO method by that very "
+        "accuracy, a choice in their favour.",
     ]
     heads = [m for m, _ in plan.pairs() if plan.catalog.models[m].reads_features]
     if heads:

@@ -17,6 +17,7 @@ rule cost:
     benchmark:
         LOGS / "cost" / "{model}-{task}.benchmark.jsonl"
     threads: 1
+    priority: 1
     resources:
         mem_mb=PLAN.study.resources.mem_mb,
         runtime=PLAN.study.resources.runtime,
