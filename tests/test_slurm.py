@@ -19,6 +19,8 @@ from tests.slurm import cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
+if not os.environ.get("CI"):
+    pytest.skip("starts a Slurm cluster for three minutes: set CI=1", allow_module_level=True)
 pytest.importorskip("snakemake_executor_plugin_slurm")
 if reason := cluster.missing():
     pytest.skip(reason, allow_module_level=True)
