@@ -208,7 +208,7 @@ def cost(
         (
             e["method"],
             f"{e['forward_units']:.2f}",
-            f"{e['theory_units']:g}",
+            "-" if e["theory_units"] is None else f"{e['theory_units']:.3g}",
             si(e["flops"]),
             f"{e['seconds'] / e['forward_seconds']:.1f}",
             mib(e["peak_bytes"]),

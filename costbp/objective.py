@@ -10,10 +10,14 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from costbp.errors import UserError
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[Tensor, Batch], Tensor]
@@ -21,21 +25,21 @@ Loss = Callable[[Tensor, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Key:
-    """Names one draw of randomness: (seed, step, index). Equal keys give equal draws."""
+    """Names one draw of randomness: (seed, step, path). Equal keys give equal draws."""
 
     seed: int
     step: int
-    index: int = 0
+    path: tuple[int, ...] = ()
 
     def at(self, index: int) -> Key:
-        """The key of a sub-draw; nests without collisions for up to 2**20 indices a level."""
-        return Key(self.seed, self.step, (self.index << 20) + index + 1)
+        """The key of a sub-draw; nests to any depth."""
+        return Key(self.seed, self.step, (*self.path, index))
 
     @property
     def number(self) -> int:
-        """A 63-bit seed made of the three parts (SplitMix64 finaliser, Steele et al. 2014)."""
+        """A 63-bit seed made of all parts (SplitMix64 finaliser, Steele et al. 2014)."""
         mixed = 0
-        for part in (self.seed, self.step, self.index):
+        for part in (self.seed, self.step, *(index + 1 for index in self.path)):
             mixed = (mixed + part + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
             mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
             mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
@@ -56,31 +60,38 @@ class Objective:
 
     Attributes:
         theta: the trainable parameters, one leaf of shape [d]; module parameters are views of it.
+        buffer: the gradient, one vector of shape [d]; the parameters' ``.grad`` are views of it.
+            It is the one vector that an estimate may fill and hand out.
         slices: parameter name -> (start, stop, shape) inside ``theta``.
-        blocks: repeated sub-modules (found by ``memory_plans``) are looked up in ``module``.
 
     Raises:
-        ValueError: nothing is trainable, or trainable parameters differ in dtype or device.
+        UserError: nothing is trainable, or trainable parameters differ in dtype or device.
     """
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
-            raise ValueError("nothing to train: no parameter has requires_grad")
+            raise UserError("nothing to train: no parameter of the model has requires_grad")
         if len({(p.dtype, p.device) for _, p in named}) > 1:
-            raise ValueError("trainable parameters must share one dtype and one device")
+            raise UserError("trainable parameters must share one dtype and one device")
         self.module, self.loss = module, loss
         self.theta = torch.cat([p.detach().reshape(-1) for _, p in named])
-        self._gradient = torch.zeros_like(self.theta)
+        self.buffer = torch.zeros_like(self.theta)
         self.slices: dict[str, tuple[int, int, torch.Size]] = {}
         start = 0
         for name, parameter in named:
             stop = start + parameter.numel()
             self.slices[name] = (start, stop, parameter.shape)
             parameter.data = self.theta[start:stop].view(parameter.shape)
-            parameter.grad = self._gradient[start:stop].view(parameter.shape)
+            parameter.grad = self.buffer[start:stop].view(parameter.shape)
             start = stop
+        self._names = {id(parameter): name for name, parameter in named}
         self._noise: int | None = None
+
+    def existing(self) -> list[Tensor]:
+        """Every tensor that is there before a step: parameters, buffers, theta, the gradient."""
+        module = self.module
+        return [*module.parameters(), *module.buffers(), self.theta, self.buffer]
 
     @property
     def d(self) -> int:
@@ -126,25 +137,67 @@ class Objective:
     def gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss [] and gradient [d] by one backward pass. The gradient is the objective's own
         buffer, overwritten by the next call: clone it to keep it."""
-        self._gradient.zero_()
+        self.buffer.zero_()
         loss = self.value(batch)
         loss.backward()
-        return loss.detach(), self._gradient
+        return loss.detach(), self.buffer
 
     @contextlib.contextmanager
-    def displaced(self, displacement: Tensor) -> Iterator[None]:
-        """Within the block the module stands at ``theta + displacement`` ([d]).
-
-        The parameters come back from a copy, bit-equal: subtracting what was added would leave
-        about half of them changed in the last place.
-        """
+    def moved(self, theta: Tensor) -> Iterator[None]:
+        """Within the block the module stands at ``theta`` ([d]); afterwards the parameters come
+        back from a copy, bit-equal."""
         home = self.theta.clone()
         try:
-            self.theta.add_(displacement)
+            self.theta.copy_(theta)
             yield
         finally:
             self.theta.copy_(home)
 
+    def perturbed(self, offset: Callable[[str], Tensor]) -> TorchFunctionMode:
+        """Within the block every use of a trainable parameter sees parameter + ``offset(name)``
+        (a new tensor, [numel] of that parameter, float32 or wider).
+
+        The sum lives for one operator at a time and the parameters themselves are never written:
+        theta stays bit-equal in any dtype and no second copy of it is made. (Adding and
+        subtracting in place leaves about half of all entries changed in the last place.) No
+        gradient flows.
+        """
+        return _Perturbed(self._names, offset)
+
     def finite(self) -> bool:
         """Whether every trainable parameter is finite."""
         return math.isfinite(float(self.theta.sum()))
+
+
+class _Perturbed(TorchFunctionMode):
+    """Hands operators a perturbed copy of each trainable parameter they are called with."""
+
+    def __init__(self, names: Mapping[int, str], offset: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self.names, self.offset = names, offset
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if _reads_values(func):
+            args = tuple(self._replaced(value) for value in args)
+            kwargs = {key: self._replaced(value) for key, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = self.names.get(id(value))
+            if name is None:
+                return value
+            return self.offset(name).view(value.shape).add_(value).to(value.dtype)
+        if isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value):
+            return type(value)(self._replaced(v) for v in value)
+        return value
+
+
+VIEWS = {"T", "mT", "H", "mH", "data", "real"}  # attributes that hand out a tensor's values
+
+
+def _reads_values(func: Any) -> bool:
+    """False for attributes such as ``shape`` and ``dtype``, which need no perturbed copy."""
+    return func.__name__ != "__get__" or func.__self__.__name__ in VIEWS

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from costbp.analysis.frames import CELL, Frames, at_units, first_reach
-from costbp.config.catalog import Strict
+from costbp.config.entries import Strict
 from costbp.config.load import read_yaml, validate
 from costbp.config.study import Plan
 from costbp.errors import UserError, suggest

@@ -110,7 +110,7 @@ def cost_table(plan: Plan, frames: Frames) -> pd.DataFrame:
                 "Task": plan.catalog.tasks[row.task].label,
                 "Method": plan.catalog.methods[row.method].label,
                 "Forward units": f"{row.forward_units:.2f}",
-                "Closed form": f"{row.theory_units:g}",
+                "Closed form": "-" if pd.isna(row.theory_units) else f"{row.theory_units:.3g}",
                 "Time, forwards": f"{forwards:.1f}",
                 "FLOPs": si(row.flops),
                 "Peak beyond weights": mib(row.peak_bytes + row.state_bytes),

@@ -1,116 +1,13 @@
-"""The vocabulary that studies combine: one pydantic model per kind of catalog entry.
-
-An entry's identity is everything that can change a result. Text for readers (label, citation,
-notes) is marked cosmetic and stays out of the hash of a run, so that mending a label recomputes
-nothing.
-"""
+"""The vocabulary that studies combine: one pydantic model per kind of catalog entry."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Family = Literal["bp", "fmad", "zo"]
-
-
-class Strict(BaseModel):
-    """Immutable, and unknown keys are mistakes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Entry(Strict):
-    """A catalog entry; ``label``, ``citation`` and ``notes`` are for readers only."""
-
-    cosmetic: ClassVar[set[str]] = {"label", "citation", "notes"}
-
-    label: str = Field(description="Name used in tables and figures.")
-    citation: str | None = Field(None, description="Where the entry comes from.")
-    notes: str | None = Field(None, description="What a reader should know about it.")
-
-    def identity(self) -> dict[str, Any]:
-        """What a run's hash is made of: the entry without its cosmetic fields."""
-        return self.model_dump(mode="json", exclude=self.cosmetic)
-
-
-def short_hash(value: Any) -> str:
-    """First eight hex digits of the SHA-256 of ``value`` as canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-# --- methods ---------------------------------------------------------------------------------
-
-
-class BackpropSpec(Strict):
-    """Reverse mode under a memory plan."""
-
-    kind: Literal["backprop"]
-    plan: Literal["none", "per_block"] = Field(
-        "none",
-        description="`none` stores every activation; `per_block` recomputes each block in backward.",
-    )
-
-
-class ExactOracle(Strict):
-    """Exact directional derivative by forward-mode AD."""
-
-    kind: Literal["exact"]
-    chunk: int | None = Field(
-        None, ge=1, description="Directions carried at a time; default: all at once."
-    )
-
-
-class CentralOracle(Strict):
-    """Central difference of two losses, `(f(theta + eps z) - f(theta - eps z)) / (2 eps)`."""
-
-    kind: Literal["central"]
-    eps: float = Field(1e-3, gt=0, description="Step of the difference.")
-
-
-class DirectionSpec(Strict):
-    """Where directions come from and how many are averaged."""
-
-    kind: Literal["gaussian"] = "gaussian"
-    count: int = Field(1, ge=1, description="Directions K per estimate.")
-
-
-class ProjectedSpec(Strict):
-    """Gradient from directional derivatives: mean over K of (derivative along z) z."""
-
-    kind: Literal["projected"]
-    oracle: Annotated[ExactOracle | CentralOracle, Field(discriminator="kind")]
-    directions: DirectionSpec = DirectionSpec()
-
-
-class OptimizerSpec(Strict):
-    """A torch optimiser on the flat parameter vector."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(gt=0, description="Learning rate.")
-    momentum: float = Field(0.0, ge=0, lt=1, description="SGD only.")
-    weight_decay: float = Field(0.0, ge=0)
-
-
-class MethodEntry(Entry):
-    """How a step's gradient is obtained, and the optimiser it is given to."""
-
-    family: Family = Field(description="Groups methods in figures and claims.")
-    estimator: Annotated[BackpropSpec | ProjectedSpec, Field(discriminator="kind")]
-    accumulate: int = Field(1, ge=1, description="Micro-batches averaged before a step.")
-    optimizer: OptimizerSpec = Field(description="Default where no tuned choice exists.")
-    trials: tuple[OptimizerSpec, ...] = Field(
-        min_length=1, description="What `tune` tries: the same number for every method of a study."
-    )
-    reference: bool = Field(
-        False, description="True for the BP variant that claims compare the others with."
-    )
-
-    cosmetic: ClassVar[set[str]] = Entry.cosmetic | {"optimizer", "trials", "reference", "family"}
-
+from costbp.config.entries import Entry, Strict
+from costbp.config.methods import MethodEntry
 
 # --- models ----------------------------------------------------------------------------------
 

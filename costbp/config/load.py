@@ -11,7 +11,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from costbp.config.catalog import Catalog, OptimizerSpec, Strict
+from costbp.config.catalog import Catalog
+from costbp.config.entries import Strict
+from costbp.config.methods import OptimizerSpec
 from costbp.config.study import Plan, Study
 from costbp.errors import UserError, suggest
 

@@ -8,19 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
-from costbp.config.catalog import (
-    AssetEntry,
-    BudgetEntry,
-    Catalog,
-    MethodEntry,
-    ModelEntry,
-    OptimizerSpec,
-    Strict,
-    TaskEntry,
-    short_hash,
-)
+from costbp.config.catalog import AssetEntry, BudgetEntry, Catalog, ModelEntry, TaskEntry
+from costbp.config.entries import Strict, short_hash
+from costbp.config.methods import MethodEntry, OptimizerSpec
 
-FORMAT = 2  # raised when the meaning of a run changes, so that old records are not mistaken for new
+FORMAT = 3  # raised when the meaning of a run changes, so that old records are not mistaken for new
 
 
 class Cell(NamedTuple):

@@ -6,41 +6,130 @@ direction source or memory plan is one entry of a table here or in its own modul
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from costbp.config.catalog import (
+from costbp.config.methods import (
     BackpropSpec,
+    CalibratedDirections,
     CentralOracle,
     ExactOracle,
+    HessianInformedSpec,
+    LocalGuessSpec,
+    LowRankDirections,
     MethodEntry,
+    OneSidedOracle,
+    PlainDirections,
     ProjectedSpec,
+    PythonSpec,
+    SparseDirections,
 )
+from costbp.errors import UserError
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.base import Estimate as Estimate
 from costbp.estimators.base import Estimator as Estimator
-from costbp.estimators.directions import DIRECTIONS
-from costbp.estimators.memory_plans import PLANS
-from costbp.estimators.oracles import Central, Exact, Oracle
+from costbp.estimators.calibrated import Calibrated
+from costbp.estimators.directions import (
+    Coordinate,
+    Gaussian,
+    LowRank,
+    Orthogonal,
+    Rademacher,
+    Source,
+    Sparse,
+    Sphere,
+)
+from costbp.estimators.guess import LocalGuess
+from costbp.estimators.hessian_informed import HessianInformed
+from costbp.estimators.memory_plans import PLANS, ByteBudget, MemoryPlan
+from costbp.estimators.oracles import Central, Exact, OneSided, Oracle
 from costbp.estimators.projected import Projected
-from costbp.estimators.variance import Accumulate
+from costbp.estimators.shaping import Shaped
+from costbp.estimators.variance import SVRG, Accumulate
 
 ORACLES: dict[type, Callable[[Any], Oracle]] = {
     ExactOracle: lambda spec: Exact(spec.chunk),
-    CentralOracle: lambda spec: Central(spec.eps),
+    CentralOracle: lambda spec: Central(spec.eps, spec.batched),
+    OneSidedOracle: lambda spec: OneSided(spec.eps, spec.batched),
 }
 
-KINDS: dict[type, Callable[[Any], Estimator]] = {
-    BackpropSpec: lambda spec: Backprop(PLANS[spec.plan]),
-    ProjectedSpec: lambda spec: Projected(
-        ORACLES[type(spec.oracle)](spec.oracle),
-        DIRECTIONS[spec.directions.kind],
-        spec.directions.count,
+PLAIN: dict[str, type[Source]] = {
+    "gaussian": Gaussian,
+    "rademacher": Rademacher,
+    "sphere": Sphere,
+    "orthogonal": Orthogonal,
+    "coordinate": Coordinate,
+}
+
+SOURCES: dict[type, Callable[[Any], Source]] = {
+    PlainDirections: lambda spec: PLAIN[spec.kind](),
+    SparseDirections: lambda spec: Sparse(spec.fraction, spec.refresh),
+    LowRankDirections: lambda spec: LowRank(spec.rank, spec.refresh),
+    CalibratedDirections: lambda spec: Calibrated(
+        spec.candidates, spec.group, spec.every, spec.use
     ),
 }
 
 
+def _plan(spec: BackpropSpec) -> MemoryPlan:
+    return ByteBudget(spec.mebibytes) if spec.mebibytes is not None else PLANS[spec.plan]
+
+
+def _oracle(spec: Any) -> Oracle:
+    return ORACLES[type(spec)](spec)
+
+
+def _projected(spec: ProjectedSpec) -> Projected:
+    return Projected(
+        _oracle(spec.oracle),
+        SOURCES[type(spec.directions)](spec.directions),
+        spec.directions.count,
+        spec.oracle.eps if spec.scale == "legacy" else spec.scale,  # type: ignore[union-attr]
+        spec.clip,
+    )
+
+
+def _from_file(spec: PythonSpec) -> Estimator:
+    """The estimator that a user's file builds.
+
+    Raises:
+        UserError: the file has no such function, or that returns something else.
+    """
+    found = importlib.util.spec_from_file_location(spec.file.stem, spec.file)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    build = getattr(module, spec.function, None)
+    if build is None:
+        raise UserError(f"{spec.file}: has no function '{spec.function}'")
+    estimator = build(**spec.options)
+    if not isinstance(estimator, Estimator):
+        raise UserError(
+            f"{spec.file}: {spec.function}() must return a costbp.estimators.Estimator, not "
+            f"{type(estimator).__name__}"
+        )
+    return estimator
+
+
+KINDS: dict[type, Callable[[Any], Estimator]] = {
+    BackpropSpec: lambda spec: Backprop(_plan(spec)),
+    ProjectedSpec: _projected,
+    HessianInformedSpec: lambda spec: HessianInformed(spec.eps, spec.smoothing),
+    LocalGuessSpec: lambda spec: LocalGuess(_oracle(spec.oracle)),
+    PythonSpec: _from_file,
+}
+
+
 def build_estimator(method: MethodEntry) -> Estimator:
-    """The estimator that a catalog entry describes."""
+    """The estimator that a catalog entry describes, with its wrappers: accumulation innermost,
+    then SVRG, then clipping and signs."""
     estimator = KINDS[type(method.estimator)](method.estimator)
-    return Accumulate(estimator, method.accumulate) if method.accumulate > 1 else estimator
+    if method.accumulate > 1:
+        estimator = Accumulate(estimator, method.accumulate)
+    if method.svrg is not None:
+        estimator = SVRG(estimator, method.svrg.period, method.svrg.snapshot_batches)
+    clip = method.clip
+    if clip.norm is not None or clip.value is not None or method.sign:
+        estimator = Shaped(estimator, clip.norm, clip.value, method.sign)
+    return estimator

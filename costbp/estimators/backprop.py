@@ -10,23 +10,18 @@ from costbp.estimators.memory_plans import MemoryPlan
 from costbp.objective import Batch, Key, Objective
 
 
-@dataclass(frozen=True)
-class Backprop:
+@dataclass
+class Backprop(Estimator):
     """Backpropagation under a memory plan.
 
-    Cost with a frozen base and adapters: forward 1 + activation gradient 1 = 2 forward units;
-    one more forward for what the plan recomputes.
+    Cost with a frozen base and adapters: forward 1 + activation gradient 1 = 2 forward units; up
+    to one more forward for what the plan recomputes.
     """
 
     plan: MemoryPlan
-    batches_per_step: int = 1
-
-    @property
-    def per_batch(self) -> Estimator:
-        return self
 
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
         (batch,) = batches
-        with objective.noise(key), self.plan(objective.module):
+        with objective.noise(key), self.plan(objective, batch):
             loss, gradient = objective.gradient(batch)
         return Estimate(gradient, loss, gradient.new_empty(0))

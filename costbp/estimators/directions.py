@@ -1,26 +1,282 @@
-"""Sources of directions. Each is scaled so that E[z z^T] = I, which makes (g . z) z unbiased."""
+"""Sources of directions z, and K of them as an estimate uses them.
+
+Every source is scaled so that E[(g . z) z'] = g, where z' is the direction's dual: z itself except
+for calibrated directions. So the mean over K of (derivative along z) z' is unbiased. Docstrings give
+S = E|g_hat|^2 / |g|^2 for one direction and an exact derivative; the mean of K independent ones has
+1 + (S - 1) / K. ``theory/variance.py`` holds the formulas.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from costbp.objective import Key
+from costbp.errors import UserError
+from costbp.estimators.base import wide_dtype
+from costbp.objective import Key, Objective
 
-DirectionSource = Callable[[Tensor, Key], Tensor]
+Part = Callable[[int, str], Tensor]
 
 
-def gaussian(like: Tensor, key: Key) -> Tensor:
-    """z ~ N(0, I), [d], of ``like``'s dtype and device, drawn in float32 so that the draw does not
-    depend on the dtype.
+@dataclass
+class Directions:
+    """K directions, drawn again from their key, one parameter at a time, whenever asked for.
 
-    The mean of K estimates has E|g_hat|^2 = (1 + (d + 1) / K) |g|^2.
+    Attributes:
+        part: ``part(k, name)`` is direction k on parameter ``name``: [numel], a new tensor in
+            float32 or wider, so that a draw doesn't depend on the model's dtype.
+        dual: the same for what the derivative along k multiplies in the estimate.
     """
-    generator = key.generator(like.device)
-    z = torch.randn(like.numel(), generator=generator, device=like.device, dtype=torch.float32)
-    return z.to(like.dtype)
+
+    objective: Objective
+    count: int
+    part: Part
+    dual: Part | None = None
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """All directions, [K, d], in theta's dtype: what forward-mode AD needs as tangents."""
+        theta = self.objective.theta
+        rows = theta.new_empty(self.count, self.objective.d)
+        for name, (start, stop, _) in self.objective.slices.items():
+            for k in range(self.count):
+                rows[k, start:stop] = self.part(k, name)
+        return rows
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """sum_k weights_k z'_k [d] in the objective's buffer, summed in float32 or wider."""
+        buffer = self.objective.buffer
+        scales = [float(weight) for weight in weights]
+        if self.dual is None and "dense" in vars(self) and self.dense.dtype == weights.dtype:
+            return torch.mv(self.dense.T, weights, out=buffer)
+        for name, (start, stop, _) in self.objective.slices.items():
+            total: Tensor | None = None
+            for k, scale in enumerate(scales):
+                part = (self.dual or self.part)(k, name).mul_(scale)
+                total = part if total is None else total.add_(part)
+            buffer[start:stop] = total
+        return buffer
 
 
-DIRECTIONS: dict[str, DirectionSource] = {"gaussian": gaussian}
+class Source(ABC):
+    """Where directions come from. What a source remembers between steps is its state."""
+
+    @abstractmethod
+    def draw(self, objective: Objective, key: Key, count: int) -> Directions:
+        """``count`` directions, a function of the key (and the source's state) alone."""
+
+    def update(self, objective: Objective, key: Key, probe: Probe) -> None:
+        """Called before the draw of each estimate. ``probe(directions)`` measures derivatives
+        [K] along directions, at their full cost."""
+
+    @property
+    def cycle(self) -> int:
+        """Steps after which the cost of a draw repeats."""
+        return 1
+
+    def phase(self, step: int) -> int:
+        """Steps of one phase cost the same."""
+        return 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from ``state_dict()``."""
+
+
+Probe = Callable[[Directions], Tensor]
+Draw = Callable[[int, torch.Generator, torch.device, torch.dtype], Tensor]
+
+
+def normal(n: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """n independent N(0, 1)."""
+    return torch.randn(n, generator=generator, device=device).to(dtype)
+
+
+def signs(n: int, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """n independent +1 or -1."""
+    return torch.randint(0, 2, (n,), generator=generator, device=device).to(dtype).mul_(2).sub_(1)
+
+
+def independent(objective: Objective, key: Key, entries: Draw = normal) -> Part:
+    """Directions of independent entries; each parameter's share has a key of its own, so that it
+    can be drawn without the others."""
+    places = {name: place for place, name in enumerate(objective.slices)}
+    device, dtype = objective.theta.device, wide_dtype(objective.theta.dtype)
+
+    def part(k: int, name: str) -> Tensor:
+        start, stop, _ = objective.slices[name]
+        generator = key.at(k).at(places[name]).generator(device)
+        return entries(stop - start, generator, device, dtype)
+
+    return part
+
+
+class Gaussian(Source):
+    """z ~ N(0, I). S = d + 2."""
+
+    def draw(self, objective: Objective, key: Key, count: int) -> Directions:
+        return Directions(objective, count, independent(objective, key))
+
+
+class Rademacher(Source):
+    """Independent signs (SPSA, Spall 1992). S = d."""
+
+    def draw(self, objective: Objective, key: Key, count: int) -> Directions:
+        return Directions(objective, count, independent(objective, key, signs))
+
+
+class Sphere(Source):
+    """Uniform on the sphere of radius sqrt(d). S = d."""
+
+    def draw(self, objective: Objective, key: Key, count: int) -> Directions:
+        part = independent(objective, key)
+        scales = []
+        for k in range(count):
+            square = sum(float(part(k, name).square().sum()) for name in objective.slices)
+            scales.append(math.sqrt(objective.d / square))
+        return Directions(objective, count, lambda k, name: part(k, name).mul_(scales[k]))
+
+
+class Orthogonal(Source):
+    """K orthogonal directions of length sqrt(d), uniform over frames (QR of a Gaussian block).
+    S = d for one; together E|g_hat|^2 = (d / K) |g|^2, and K = d gives the gradient exactly.
+    Holds K x d numbers.
+
+    Raises:
+        UserError: K > d.
+    """
+
+    def draw(self, objective: Objective, key: Key, count: int) -> Directions:
+        _at_most_d(count, objective, "orthogonal")
+        dense = Directions(objective, count, independent(objective, key)).dense
+        frame, corner = torch.linalg.qr(dense.to(wide_dtype(dense.dtype)).T)
+        # QR fixes the signs of R's diagonal arbitrarily; undoing that makes the frame uniform
+        rows = (frame * corner.diagonal().sign() * math.sqrt(objective.d)).T
+
+        def part(k: int, name: str) -> Tensor:
+            start, stop, _ = objective.slices[name]
+            return rows[k, start:stop].clone()
+
+        return Directions(objective, count, part)
+
+
+class Coordinate(Source):
+    """sqrt(d) e_i for K distinct i. S = d for one; together E|g_hat|^2 = (d / K) |g|^2, and K = d
+    gives the gradient exactly.
+
+    Raises:
+        UserError: K > d.
+    """
+
+    def draw(self, objective: Objective, key: Key, count: int) -> Directions:
+        _at_most_d(count, objective, "coordinate")
+        chosen = random.Random(key.number).sample(range(objective.d), count)
+        theta, scale = objective.theta, math.sqrt(objective.d)
+
+        def part(k: int, name: str) -> Tensor:
+            start, stop, _ = objective.slices[name]
+            z = theta.new_zeros(stop - start, dtype=wide_dtype(theta.dtype))
+            if start <= chosen[k] < stop:
+                z[chosen[k] - start] = scale
+            return z
+
+        return Directions(objective, count, part)
+
+
+def _at_most_d(count: int, objective: Objective, kind: str) -> None:
+    if count > objective.d:
+        raise UserError(
+            f"directions.count = {count}: {kind} directions need count <= d, and this model "
+            f"trains d = {objective.d} parameters"
+        )
+
+
+@dataclass
+class Sparse(Source):
+    """Gaussian on the ``fraction`` of largest magnitude of each trainable tensor, zero elsewhere;
+    chosen anew every ``refresh`` steps (Sparse-MeZO, arXiv 2402.15751, keeps the smallest; the
+    study the largest). Ties are kept, so a tensor of zeros, such as LoRA's B at the start, is kept
+    whole.
+
+    Unbiased for the gradient restricted to the mask. S = p + 2 of that, with p entries kept.
+    """
+
+    fraction: float
+    refresh: int
+    mask: Tensor | None = field(default=None, init=False)
+    chosen_at: int = field(default=-1, init=False)
+
+    def update(self, objective: Objective, key: Key, probe: Probe) -> None:
+        if self.mask is not None and (key.step % self.refresh or key.step == self.chosen_at):
+            return
+        self.chosen_at = key.step
+        self.mask = torch.empty(objective.d, dtype=torch.bool, device=objective.theta.device)
+        for start, stop, _ in objective.slices.values():
+            size = objective.theta[start:stop].abs()
+            kept = max(1, round(self.fraction * len(size)))
+            self.mask[start:stop] = size >= size.kthvalue(len(size) - kept + 1).values
+
+    def draw(self, objective: Objective, key: Key, count: int) -> Directions:
+        part, mask = independent(objective, key), self.mask
+        assert mask is not None
+
+        def masked(k: int, name: str) -> Tensor:
+            start, stop, _ = objective.slices[name]
+            return part(k, name).mul_(mask[start:stop])
+
+        return Directions(objective, count, masked)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.mask is None:
+            return {}
+        return {"mask": self.mask, "chosen_at": torch.tensor(self.chosen_at)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            self.mask, self.chosen_at = state["mask"], int(state["chosen_at"])
+
+
+@dataclass
+class LowRank(Source):
+    """Z = U V^T / sqrt(rank) on every matrix m x n, U and V Gaussian, V kept for ``refresh`` steps
+    (LOZO, arXiv 2410.07698). Vectors, and matrices with a side of at most ``rank``, get Gaussian
+    entries: there low rank means nothing.
+
+    S = d + 2 + sum over matrices of (2 (m + n + 1) / rank) |G|^2 / |g|^2 (our derivation).
+    """
+
+    rank: int
+    refresh: int = 1
+
+    def draw(self, objective: Objective, key: Key, count: int) -> Directions:
+        plain = independent(objective, key)
+        lazy = Key(key.seed, key.step - key.step % self.refresh, (*key.path, -2))
+        places = {name: place for place, name in enumerate(objective.slices)}
+        device, dtype = objective.theta.device, wide_dtype(objective.theta.dtype)
+
+        def part(k: int, name: str) -> Tensor:
+            size = matrix(objective.slices[name][2])
+            if min(size) <= self.rank:
+                return plain(k, name)
+            left, right = (
+                normal(side * self.rank, at.at(k).at(places[name]).generator(device), device, dtype)
+                for side, at in zip(size, (key, lazy), strict=True)
+            )
+            product = left.view(-1, self.rank) @ right.view(self.rank, -1)
+            return product.view(-1).div_(math.sqrt(self.rank))
+
+        return Directions(objective, count, part)
+
+
+def matrix(shape: torch.Size) -> tuple[int, int]:
+    """A parameter's shape as that of a matrix; a vector is a single row."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))

@@ -8,17 +8,23 @@ gives it a rule for exactly the tangents that exist. No module is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import re
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from costbp.console import say
+from costbp.errors import UserError
+from costbp.objective import Batch, Objective
+
+PACKED = {"weight", "qweight", "packed_weight"}  # names of buffers that hold quantised weights
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -87,6 +93,8 @@ class FloorRules(TorchFunctionMode):
             live = (has_tangent(x), has_tangent(w), has_tangent(b))
             if live[0] or live[1]:
                 return _Linear.apply(x, w, b, live)
+        if func is F.scaled_dot_product_attention:
+            _notice_fused_attention()
         result = func(*args, **kwargs)
         if func is F.layer_norm and result.dtype in HALF:
             result = _SameDtype.apply(result)
@@ -94,23 +102,72 @@ class FloorRules(TorchFunctionMode):
 
 
 def directional_derivatives(
-    loss: Callable[[Tensor], Tensor], theta: Tensor, tangents: Tensor
+    objective: Objective, batch: Batch, tangents: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss [] and derivatives [K] of ``loss`` at ``theta`` [d] along ``tangents`` [K, d].
+    """Loss [] and derivatives [K] at theta along ``tangents`` [K, d].
 
     One direction is a plain jvp; more are batched over a primal that is computed once. No graph
     is built. Dropout draws one mask, shared by primal and all tangents.
+
+    Raises:
+        UserError: a layer has no forward rule; names module and operator. Quantised layers are
+            refused beforehand, since their tangent would silently be zero.
     """
-    # the fused attention kernel has no forward rule
-    with torch.no_grad(), FloorRules(), sdpa_kernel(SDPBackend.MATH):
-        if len(tangents) == 1:
-            value, derivative = _jvp(loss, theta, tangents[0])
-            return value, derivative.reshape(1)
-        axes: Any = (None, 0)  # one loss, a derivative per tangent
-        batched = vmap(lambda t: _jvp(loss, theta, t), out_dims=axes, randomness="same")
-        return batched(tangents)
+    _refuse_quantised(objective.module)
+
+    def derivative(tangent: Tensor) -> tuple[Tensor, Tensor]:
+        result: Any = jvp(lambda theta: objective.at(theta, batch), (objective.theta,), (tangent,))
+        return result
+
+    try:
+        # the fused attention kernel has no forward rule
+        with torch.no_grad(), FloorRules(), sdpa_kernel(SDPBackend.MATH):
+            if len(tangents) == 1:
+                value, slope = derivative(tangents[0])
+                return value, slope.reshape(1)
+            axes: Any = (None, 0)  # one loss, a derivative per tangent
+            return vmap(derivative, out_dims=axes, randomness="same")(tangents)
+    except (NotImplementedError, RuntimeError) as error:
+        if re.search("forward AD|forward-mode|jvp|forward mode", str(error)) is None:
+            raise
+        raise UserError(_without_rule(objective.module, error)) from error
 
 
-def _jvp(loss: Callable[[Tensor], Tensor], theta: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
-    result: Any = jvp(loss, (theta,), (tangent,))
-    return result
+@functools.cache
+def _notice_fused_attention() -> None:
+    say("notice: fused attention has no forward-mode rule; FmAD runs its unfused form instead")
+
+
+def _refuse_quantised(module: nn.Module) -> None:
+    """A layer whose weights are packed integers needs a tangent rule of its own."""
+    for name, child in module.named_modules():
+        own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
+        for key, tensor in own:
+            packed = not tensor.is_floating_point() and (
+                isinstance(tensor, nn.Parameter) or key in PACKED
+            )
+            if packed:
+                raise UserError(
+                    f"module '{name}' ({type(child).__name__}) holds quantised weights ('{key}', "
+                    f"{tensor.dtype}) without a forward-mode rule: its derivative would silently "
+                    "be zero; use an unquantised base, BP or ZO"
+                )
+
+
+def _without_rule(module: nn.Module, error: BaseException) -> str:
+    """What to tell the user: the innermost module at work when the operator was refused."""
+    names = {id(child): name for name, child in module.named_modules()}
+    place, kind = "", type(module).__name__
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            place, kind = names[id(owner)], type(owner).__name__
+        trace = trace.tb_next
+    text = str(error).splitlines()[0]
+    named = re.search(r"forward AD with (\S+)|autograd\.Function '?(\w+)|(\w+Backward\w*)", text)
+    operator = next(filter(None, named.groups()), "") if named else text
+    return (
+        f"module '{place}' ({kind}): operator '{operator}' has no forward-mode rule; "
+        "use BP or ZO for this model"
+    )

@@ -1,15 +1,35 @@
-"""Which activations backpropagation keeps, and which it computes again."""
+"""Which activations backpropagation keeps, which it computes again, and where it keeps them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-MemoryPlan = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
+from costbp.errors import UserError
+from costbp.estimators.segments import Segment
+from costbp.measure.meter import Meter
+from costbp.objective import Batch, Objective
+
+MemoryPlan = Callable[[Objective, Batch], contextlib.AbstractContextManager[None]]
+
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+}
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -35,37 +55,153 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def keep_all(module: nn.Module) -> Iterator[None]:
+def keep_all(objective: Objective, batch: Batch) -> Iterator[None]:
     """Store every activation: the fastest plan and the largest."""
     yield
 
 
 @contextlib.contextmanager
-def per_block(module: nn.Module) -> Iterator[None]:
-    """Store only block inputs and run each block again in the backward pass (Chen et al. 2016,
-    arXiv 1604.06174). The last block is kept: its activations are needed first, so recomputing it
-    would save nothing at the peak. A module that is its own single block is
-    recomputed whole; a lone linear layer stores nothing but its input, so there nothing is to do.
-
-    Each block is replayed with its own positional and keyword arguments, since masks differ by
-    layer in some families.
-    """
-    found = blocks(module)
-    recomputed = found[:-1] if len(found) > 1 else found
+def recomputing(chosen: Sequence[nn.Module], **options: Any) -> Iterator[None]:
+    """Store the inputs of the ``chosen`` blocks and run each again in the backward pass, with its
+    own positional and keyword arguments, since masks differ by layer in some families."""
     with contextlib.ExitStack() as stack:
-        for block in recomputed:
-            _recompute(block, stack)
+        for block in chosen:
+            _replace_forward(block, _checkpointed(block.forward, options), stack)
         yield
 
 
-def _recompute(block: nn.Module, stack: contextlib.ExitStack) -> None:
-    forward = block.forward
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        bound = functools.partial(forward, **kwargs)
+        return checkpoint(bound, *args, use_reentrant=False, **options)
 
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return run
 
-    block.forward = checkpointed  # an instance attribute shadows the class's method
+
+def _replace_forward(
+    block: nn.Module, forward: Callable[..., Any], stack: contextlib.ExitStack
+) -> None:
+    block.forward = forward  # an instance attribute shadows the class's method
     stack.callback(block.__dict__.pop, "forward", None)
 
 
-PLANS: dict[str, MemoryPlan] = {"none": keep_all, "per_block": per_block}
+def per_block(objective: Objective, batch: Batch) -> contextlib.AbstractContextManager[None]:
+    """Recompute each block but the last (Chen et al. 2016, arXiv 1604.06174), whose activations
+    are needed first, so that recomputing them would save nothing at the peak. A module that is
+    its own single block is recomputed whole; a lone linear layer stores nothing but its input, so
+    there nothing is to do."""
+    found = blocks(objective.module)
+    return recomputing(found[:-1] if len(found) > 1 else found)
+
+
+def selective(objective: Objective, batch: Batch) -> contextlib.AbstractContextManager[None]:
+    """Keep the results of matrix products inside each block and recompute the rest, which is cheap
+    (Korthikanti et al. 2022, arXiv 2205.05198, in spirit)."""
+
+    def policy(context: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = function in PRODUCTS
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return recomputing(blocks(objective.module), context_fn=contexts)
+
+
+@contextlib.contextmanager
+def sqrt_segments(objective: Objective, batch: Batch) -> Iterator[None]:
+    """Store one input for each of about sqrt(L) segments of blocks (Chen et al. 2016); the last
+    segment is kept. It stores fewer inputs than ``per_block`` and recomputes more at a time, which
+    pays where block inputs outweigh the activations inside a block."""
+    found = blocks(objective.module)
+    length = max(1, math.isqrt(len(found)))
+    starts = range(0, len(found), length)
+    with contextlib.ExitStack() as stack:
+        for start in list(starts)[:-1] or starts:
+            segment = Segment(found[start : start + length])
+            for block in segment.blocks:
+                _replace_forward(block, segment.forward_of(block), stack)
+        yield
+
+
+@contextlib.contextmanager
+def offload(objective: Objective, batch: Batch) -> Iterator[None]:
+    """Move saved activations to host memory and back; parameters stay. On a CPU nothing moves."""
+    module = objective.module
+    kept = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+
+    def pack(tensor: Tensor) -> Any:
+        stays = tensor.device.type == "cpu" or tensor.untyped_storage().data_ptr() in kept
+        if stays:
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        return tensor.device, host
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        device, host = packed
+        return host.to(device, non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+class ByteBudget:
+    """Keep as many blocks as fit: the peak beyond weights of one estimate stays within a budget.
+
+    The last blocks are kept, whose activations live shortest. How many is found by bisection over
+    metered steps, once per shape of batch, so the budget holds exactly (by live storage).
+
+    Raises:
+        UserError: even with every block recomputed the step needs more.
+    """
+
+    def __init__(self, mebibytes: float) -> None:
+        self.bytes = int(mebibytes * 2**20)
+        self._kept: dict[tuple[Any, ...], int] = {}
+
+    def __call__(
+        self, objective: Objective, batch: Batch
+    ) -> contextlib.AbstractContextManager[None]:
+        found = blocks(objective.module)
+        shape = tuple(tuple(tensor.shape) for tensor in batch.values())
+        if shape not in self._kept:
+            self._kept[shape] = self._most(objective, batch, found)
+        return recomputing(found[: len(found) - self._kept[shape]])
+
+    def __deepcopy__(self, memo: Any) -> ByteBudget:
+        return self  # what was found depends on shapes alone
+
+    def _most(self, objective: Objective, batch: Batch, found: Sequence[nn.Module]) -> int:
+        low, high, least = -1, len(found), 0
+        while low < high:
+            kept = (low + high + 1) // 2
+            peak = self._peak(objective, batch, found[: len(found) - kept]) if kept >= 0 else 0
+            if peak <= self.bytes:
+                low = kept
+            else:
+                high = kept - 1
+            least = peak if kept == 0 else least
+        if low < 0:
+            raise UserError(
+                f"plan byte_budget: {self.bytes / 2**20:g} MiB are too few; with every block "
+                f"recomputed a step needs {least / 2**20:.1f} MiB beyond weights"
+            )
+        return low
+
+    @staticmethod
+    def _peak(objective: Objective, batch: Batch, chosen: Sequence[nn.Module]) -> int:
+        existing = [*objective.existing(), *batch.values()]
+        # an enclosing meter must not count the search
+        with _disable_current_modes(), recomputing(chosen), Meter(existing) as meter:
+            objective.gradient(batch)
+        return meter.peak
+
+
+PLANS: dict[str, MemoryPlan] = {
+    "none": keep_all,
+    "per_block": per_block,
+    "sqrt": sqrt_segments,
+    "selective": selective,
+    "offload": offload,
+}

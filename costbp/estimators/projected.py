@@ -3,43 +3,77 @@ oracle."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from costbp.estimators.base import Estimate, Estimator
-from costbp.estimators.directions import DirectionSource
+from costbp.estimators.directions import Directions, Source
 from costbp.estimators.oracles import Oracle
 from costbp.objective import Batch, Key, Objective
 
 
-@dataclass(frozen=True)
-class Projected:
+@dataclass
+class Projected(Estimator):
     """g_hat = 1/K sum_k (df/dz_k) z_k over K directions (forward gradient: Baydin et al. 2022,
     arXiv 2202.08587; zeroth order: Nesterov and Spokoiny 2017).
 
-    Unbiased for an exact oracle and directions with E[z z^T] = I. Directions are a function of
-    (seed, step, index) alone. A derivative that is not finite is dropped from the sum and counted.
+    Unbiased for an exact oracle and any source. Directions are a function of (seed, step, path)
+    alone. A derivative that is not finite is dropped from the sum and counted.
+
+    Args:
+        oracle: measures derivatives.
+        source: draws directions.
+        count: K.
+        scale: ``unbiased``; ``spread`` divides by the standard deviation of the K derivatives
+            (the losses' spread over eps), which makes the step size follow it (FZOO, ICLR 2026);
+            a number multiplies the estimate.
+        limit: largest absolute derivative that is used; larger ones are clipped.
     """
 
     oracle: Oracle
-    source: DirectionSource
+    source: Source
     count: int = 1
-    batches_per_step: int = 1
+    scale: float | Literal["unbiased", "spread"] = "unbiased"
+    limit: float | None = None
 
     @property
-    def per_batch(self) -> Estimator:
-        return self
+    def cycle(self) -> int:
+        return self.source.cycle
+
+    def phase(self, step: int) -> int:
+        return self.source.phase(step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.source.load_state_dict(state)
 
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
         (batch,) = batches
-        tangents = torch.stack(
-            [self.source(objective.theta, key.at(index)) for index in range(self.count)]
-        )
+
+        def probe(directions: Directions) -> Tensor:
+            return self.oracle(objective, batch, directions)[1]
+
         with objective.noise(key):
-            loss, derivatives = self.oracle(objective, batch, tangents)
+            self.source.update(objective, key, probe)
+            directions = self.source.draw(objective, key, self.count)
+            loss, derivatives = self.oracle(objective, batch, directions)
         usable = torch.isfinite(derivatives)
-        weights = (torch.where(usable, derivatives, 0) / self.count).to(tangents.dtype)
-        gradient = tangents.mul_(weights[:, None]).sum(0)
+        weights = torch.where(usable, derivatives, 0)
+        if self.limit is not None:
+            weights = weights.clamp(-self.limit, self.limit)
+        gradient = directions.combine(weights * (self._factor(derivatives[usable]) / self.count))
         return Estimate(gradient, loss, derivatives, int((~usable).sum()))
+
+    def _factor(self, derivatives: Tensor) -> float:
+        if self.scale == "unbiased":
+            return 1.0
+        if self.scale == "spread":
+            spread = float(derivatives.std()) if len(derivatives) > 1 else 0.0
+            return 1 / spread if spread > 0 else 0.0
+        return float(self.scale)

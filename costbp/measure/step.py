@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def forward_only(objective: Objective, batch: Batch) -> None:
 
 
 def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Key) -> StepCost:
-    """Count one estimate on one batch; theta is left as it was.
+    """Count one estimate on one batch; theta and the estimator are left as they were.
 
     Raises:
         ValueError: the forward pass runs no matrix product that could serve as the unit.
@@ -52,39 +53,39 @@ def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Ke
         forward_only(objective, batch)
     if not forward.flops:
         raise ValueError("the forward pass runs no matrix product: forward units are undefined")
-    existing = [
-        *objective.module.parameters(),
-        *objective.module.buffers(),
-        objective.theta,
-        *(p.grad for p in objective.module.parameters() if p.grad is not None),
-        *batch.values(),
-    ]
-    with Meter(existing) as step:
-        estimator.per_batch.estimate(objective, [batch], key)
+    trial = copy.deepcopy(estimator)  # so that what it remembers is not disturbed
+    if trial.phase(key.step) != trial.phase(0):
+        trial.estimate(objective, [batch], replace(key, step=0))
+    with Meter([*objective.existing(), *batch.values()]) as step:
+        trial.estimate(objective, [batch], key)
     return StepCost(step.flops, forward.flops, step.peak)
 
 
 class CostCounter:
-    """Cost of steps, counted once per shape of batch, on estimates that are thrown away."""
+    """Cost of steps, counted once per shape of batch and phase of the estimator, on estimates
+    that are thrown away."""
 
     def __init__(self, estimator: Estimator) -> None:
-        self.estimator = estimator
+        self.estimator = copy.deepcopy(estimator)  # never run itself: it remembers nothing
         self._known: dict[tuple[Any, ...], StepCost] = {}
 
     def __call__(self, objective: Objective, batches: Sequence[Batch], key: Key) -> StepCost:
-        """Cost of one step. Batches are estimated one after the other, so FLOPs add up; the peak
-        is the largest, with the running sum of gradients where there are several."""
-        costs = []
-        for batch in batches:
+        """Cost of step ``key.step`` on its ``batches``. Inner estimates run one after the other,
+        so FLOPs add up; the peak is the largest, with what wrappers hold meanwhile."""
+        estimator = self.estimator.per_batch
+        costs, flops = [], 0
+        for batch, passes in zip(batches, self.estimator.passes(key.step), strict=True):
             shape = tuple(tuple(tensor.shape) for tensor in batch.values())
-            if shape not in self._known:
-                self._known[shape] = batch_cost(self.estimator, objective, batch, key)
-            costs.append(self._known[shape])
-        total = objective.theta.nbytes if len(costs) > 1 else 0
+            known = (shape, estimator.phase(key.step))
+            if known not in self._known:
+                self._known[known] = batch_cost(estimator, objective, batch, key)
+            costs.append(self._known[known])
+            flops += passes * costs[-1].flops
+        held = self.estimator.scratch * objective.theta.nbytes
         return StepCost(
-            flops=sum(cost.flops for cost in costs),
+            flops=flops,
             forward_flops=statistics.mean(cost.forward_flops for cost in costs),
-            peak_bytes=max(cost.peak_bytes for cost in costs) + total,
+            peak_bytes=max(cost.peak_bytes for cost in costs) + held,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import mean
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 
 from costbp.config.study import Plan
 from costbp.files import write_json
-from costbp.measure.step import forward_only, median_seconds
+from costbp.estimators.memory_plans import blocks
+from costbp.measure.step import StepCost, forward_only, median_seconds
 from costbp.models.build import build_model
 from costbp.models.prepare import load_prepared, prepare
 from costbp.objective import Key
@@ -26,8 +28,9 @@ def measure_costs(
 
     An entry holds ``model, task, method, forward_units, theory_units, flops, forward_flops,
     peak_bytes, state_bytes, weights_bytes, d, seconds, forward_seconds, batch, seq, device``.
-    FLOPs and units are those of one optimiser step, ``peak_bytes`` is beyond weights, gradient
-    and optimiser state, ``seconds`` are medians on the CPU.
+    FLOPs, units and seconds are those of one optimiser step, mean over the estimator's cycle
+    (SVRG's snapshots, calibrations); ``peak_bytes`` is the largest, beyond weights, gradient and
+    state (the optimiser's, the estimator's); ``seconds`` are medians on the CPU.
     """
     folder = plan.study.paths.cache / "cost" / model / task
     entries = []
@@ -46,26 +49,35 @@ def _measure(plan: Plan, model: str, task: str, method: str) -> dict[str, Any]:
     assets = plan.study.paths.cache / "assets"
     module = build_model(spec.model, len(data.names), assets, 0, data.width)
     run = Run(spec, module, data, torch.device("cpu"))
-    batches, key = run.batches(), Key(0, 0)
-    cost = run.cost_of(run.objective, batches, key)
-    seconds = median_seconds(lambda: run.estimator.estimate(run.objective, batches, key))
-    forward = median_seconds(lambda: forward_only(run.objective, batches[0]))
-    run.step(batches, key, cost)  # so that the optimiser's state exists
+    (batch, *_), estimator = run.batches(), run.estimator
+    run.step([batch] * len(estimator.passes(0)), Key(0, 0), StepCost(0, 1.0, 0))  # fills all state
+    steps = range(1, estimator.cycle + 1)
+    batches = {step: [batch] * len(estimator.passes(step)) for step in steps}
+    costs = [run.cost_of(run.objective, batches[step], Key(0, step)) for step in steps]
+    seconds: dict[int, float] = {}  # by FLOPs: steps that count the same take the same time
+    for step, cost in zip(steps, costs, strict=True):
+        if cost.flops not in seconds:
+            seconds[cost.flops] = median_seconds(
+                lambda step=step: estimator.estimate(run.objective, batches[step], Key(0, step))
+            )
+    forward = median_seconds(lambda: forward_only(run.objective, batch))
     summary = run.summary(test=False)
-    ids = batches[0].get("input_ids")
+    ids = batch.get("input_ids")
     return {
         "model": model,
         "task": task,
         "method": method,
-        "forward_units": cost.units,
-        "theory_units": forward_units(spec.method),
-        "flops": cost.flops,
-        "forward_flops": cost.forward_flops,
-        "peak_bytes": cost.peak_bytes,
+        "forward_units": mean(cost.units for cost in costs),
+        "theory_units": forward_units(
+            spec.method, len(run.objective.slices), len(blocks(run.objective.module))
+        ),
+        "flops": mean(cost.flops for cost in costs),
+        "forward_flops": costs[0].forward_flops,
+        "peak_bytes": max(cost.peak_bytes for cost in costs),
         "state_bytes": summary.state_bytes,
         "weights_bytes": summary.weights_bytes,
         "d": summary.d,
-        "seconds": seconds,
+        "seconds": mean(seconds[cost.flops] for cost in costs),
         "forward_seconds": forward,
         "batch": spec.task.batch_size,
         "seq": 0 if ids is None else ids.shape[1],

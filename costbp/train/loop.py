@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from costbp.config.catalog import OptimizerSpec
+from costbp.config.methods import OptimizerSpec
 from costbp.config.study import RunSpec
 from costbp.estimators import Estimate, build_estimator
 from costbp.measure.step import CostCounter, StepCost
@@ -61,7 +61,7 @@ class BatchStream:
     def __getitem__(self, index: int) -> Batch:
         epoch, place = divmod(index, self.per_epoch)
         if epoch != self._epoch:
-            generator = Key(self.seed, epoch, 1).generator()
+            generator = Key(self.seed, epoch, (0,)).generator()
             self._order = torch.randperm(len(self.split), generator=generator)
             self._epoch = epoch
         return self.split.batch(self._order[place * self.size : (place + 1) * self.size])
@@ -72,6 +72,7 @@ class State:
     """Counters and rows of a run so far; all of it goes into a checkpoint."""
 
     step: int = 0
+    batches: int = 0  # batches looked at
     units: float = 0.0
     flops: int = 0
     seconds: float = 0.0
@@ -155,6 +156,7 @@ class Run:
             "hash": self.spec.hash,
             "theta": self.objective.theta,
             "optimizer": self.optimizer.state_dict(),
+            "estimator": self.estimator.state_dict(),
             "state": vars(self.state),
         }
 
@@ -168,6 +170,7 @@ class Run:
             raise ValueError("the checkpoint belongs to another run")
         self.objective.theta.copy_(saved["theta"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.estimator.load_state_dict(saved["estimator"])
         self.state = State(**saved["state"])
         self.state.resumed += 1
 
@@ -175,9 +178,9 @@ class Run:
 
     def batches(self) -> list[Batch]:
         """The batches of the next step."""
-        n = self.estimator.batches_per_step
-        first = self.state.step * n
-        return [to_device(self.stream[first + i], self.device) for i in range(n)]
+        state = self.state
+        numbers = range(len(self.estimator.passes(state.step)))
+        return [to_device(self.stream[state.batches + i], self.device) for i in numbers]
 
     def spent(self, ahead: StepCost | None = None) -> float:
         """Share of the budget spent, including a step ``ahead``."""
@@ -195,6 +198,7 @@ class Run:
         self.optimizer.step()
         state.seconds += self._clock() - start
         state.step += 1
+        state.batches += len(batches)
         state.units += cost.units
         state.flops += cost.flops
         state.peak_bytes = max(state.peak_bytes, cost.peak_bytes)
@@ -298,6 +302,7 @@ class Run:
         frozen += list(self.module.buffers())
         moments = self.optimizer.state_dict()["state"].values()
         held = [t for group in moments for t in group.values() if isinstance(t, Tensor)]
+        held += self.estimator.state_dict().values()
         vector = self.objective.theta.nbytes
         return Summary(
             test_accuracy=tested[0],

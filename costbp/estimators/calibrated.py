@@ -1,0 +1,124 @@
+"""Directions that were calibrated by probing: some tensors matter more than others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from costbp.estimators.directions import Directions, Part, Probe, Source, independent
+from costbp.objective import Key, Objective
+from costbp.theory.variance import extreme_of_squares
+
+LIMIT = 10.0  # largest ratio of two groups' scales: a probe of few directions can be near zero
+PROBES = -1  # sub-key of the probes, apart from the directions' own
+
+
+@dataclass
+class Calibrated(Source):
+    """Gaussian directions whose scale differs by group of consecutive trainable tensors.
+
+    At step 0 and every ``every`` steps after (only at step 0 if None), ``candidates`` directions
+    confined to each group are probed; every probe costs a derivative.
+
+    ``use: scale``: z = s_j u on group j and z' = u / s_j, with s_j^2 proportional to
+    sqrt(d_j) / |g_j|, where |g_j| is the root mean square of the group's probes. Unbiased for any
+    s, and these minimise S = |s g|^2 sum_j(d_j / s_j^2) / |g|^2 + 2; at the minimum that is
+    (sum_j |g_j| sqrt(d_j))^2 / |g|^2 + 2 <= d + 2 (Cauchy-Schwarz; our derivation).
+
+    ``use: largest`` or ``smallest``: the calibrating step itself takes from each group the
+    candidate with the largest (smallest) absolute derivative, z' = z / c with c the expectation of
+    the largest (smallest) of that many chi-squared variables; other steps are plain. The study's
+    code does so once, at the first step, in pairs of tensors, keeping the smallest of four
+    (without c).
+    """
+
+    candidates: int
+    group: int
+    every: int | None
+    use: Literal["scale", "largest", "smallest"]
+    scales: Tensor | None = field(default=None, init=False)
+    kept: Tensor | None = field(default=None, init=False)
+    at: int = field(default=-1, init=False)
+
+    @property
+    def cycle(self) -> int:
+        return self.every or 1
+
+    def phase(self, step: int) -> int:
+        return int(step == 0 if self.every is None else step % self.every == 0)
+
+    def groups(self, objective: Objective) -> dict[str, int]:
+        """Parameter name -> index of its group."""
+        return {name: place // self.group for place, name in enumerate(objective.slices)}
+
+    def update(self, objective: Objective, key: Key, probe: Probe) -> None:
+        if key.step == self.at or not (self.phase(key.step) or self.scales is None):
+            return
+        self.at = key.step
+        group_of = self.groups(objective)
+        derivatives = torch.stack(
+            [
+                probe(Directions(objective, self.candidates, self._confined(objective, key, j)))
+                for j in range(1 + max(group_of.values()))
+            ]
+        ).nan_to_num(0, 0, 0)
+        self.kept = derivatives.abs().argmax(1)
+        if self.use == "smallest":
+            self.kept = derivatives.abs().argmin(1)
+        sizes = torch.zeros(len(derivatives), dtype=derivatives.dtype)
+        for name, (start, stop, _) in objective.slices.items():
+            sizes[group_of[name]] += stop - start
+        size = derivatives.square().mean(1).sqrt().cpu()
+        floor = max(float(size.max()), torch.finfo(size.dtype).tiny)
+        variances = sizes.sqrt() / size.clamp_min(floor / LIMIT**2)
+        variances = variances.clamp_max(float(variances.min()) * LIMIT**2)
+        self.scales = (variances * sizes.sum() / (variances * sizes).sum()).sqrt()
+
+    def _confined(self, objective: Objective, key: Key, group: int) -> Part:
+        part = independent(objective, key.at(PROBES).at(group))
+        group_of = self.groups(objective)
+
+        def confined(k: int, name: str) -> Tensor:
+            z = part(k, name)
+            return z if group_of[name] == group else z.zero_()
+
+        return confined
+
+    def draw(self, objective: Objective, key: Key, count: int) -> Directions:
+        plain, group_of = independent(objective, key), self.groups(objective)
+        assert self.scales is not None and self.kept is not None
+        if self.use == "scale":
+            scales = self.scales.tolist()
+            return Directions(
+                objective,
+                count,
+                lambda k, name: plain(k, name).mul_(scales[group_of[name]]),
+                lambda k, name: plain(k, name).div_(scales[group_of[name]]),
+            )
+        if key.step != self.at:
+            return Directions(objective, count, plain)
+        kept, expected = self.kept.tolist(), extreme_of_squares(self.candidates, self.use)
+
+        def chosen(k: int, name: str) -> Tensor:
+            if k:  # one direction is chosen; further ones are plain
+                return plain(k, name)
+            group = group_of[name]
+            return self._confined(objective, key, group)(kept[group], name)
+
+        def dual(k: int, name: str) -> Tensor:
+            return chosen(k, name) if k else chosen(k, name).div_(expected)
+
+        return Directions(objective, count, chosen, dual)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.scales is None or self.kept is None:
+            return {}
+        return {"scales": self.scales, "kept": self.kept, "at": torch.tensor(self.at)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            self.scales, self.kept, self.at = state["scales"], state["kept"], int(state["at"])

@@ -1,0 +1,124 @@
+"""Forward gradients along guessed directions: each block's own local loss proposes one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from costbp.estimators.base import Estimate, Estimator, wide
+from costbp.estimators.directions import Directions
+from costbp.estimators.memory_plans import blocks
+from costbp.estimators.oracles import Oracle
+from costbp.objective import Batch, Key, Objective
+
+
+@dataclass
+class LocalGuess(Estimator):
+    """g_hat = sum_b (df/dz_b) z_b: the gradient's projection on one guessed direction per block
+    (Fournier et al. 2023, "Can Forward Gradient Match Backpropagation?").
+
+    Block b's guess is the gradient, with respect to the block's own parameters, of a local loss
+    that looks at the block's output; normalised. Backpropagation stays within one block, so that
+    one block's activations are alive at a time. Ours: the local loss is the model's own loss with
+    the later blocks skipped, which needs no auxiliary network; parameters outside of blocks (a
+    head) take the last block's pass, whose gradient for them is exact. Biased: what is orthogonal
+    to every guess is lost. A model that is a single block gets its exact gradient.
+
+    Cost with L blocks and adapters: about 2 forward units for the guesses and 1 + L + 1 for the
+    derivatives.
+    """
+
+    oracle: Oracle
+
+    def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
+        (batch,) = batches
+        found = blocks(objective.module)
+        group_of = _groups(objective, found)
+        with objective.noise(key):
+            guess = self._guess(objective, batch, found, group_of)
+            used = sorted({group_of[name] for name in objective.slices})
+            directions = _by_group(objective, guess, group_of, used)
+            loss, derivatives = self.oracle(objective, batch, directions)
+        usable = torch.isfinite(derivatives)
+        gradient = directions.combine(torch.where(usable, derivatives, 0))
+        return Estimate(gradient, loss, derivatives, int((~usable).sum()))
+
+    @staticmethod
+    def _guess(
+        objective: Objective,
+        batch: Batch,
+        found: Sequence[nn.Module],
+        group_of: dict[str, int],
+    ) -> Tensor:
+        guess = wide(torch.zeros_like(objective.theta))
+        relay = _Relay(found)
+        for active in range(len(found)):
+            with relay.only(active):
+                _, gradient = objective.gradient(batch)
+            for name, (start, stop, _) in objective.slices.items():
+                outside = group_of[name] == len(found) and active == len(found) - 1
+                if group_of[name] == active or outside:
+                    guess[start:stop] = gradient[start:stop]
+        return guess
+
+
+def _groups(objective: Objective, found: Sequence[nn.Module]) -> dict[str, int]:
+    """Trainable parameter -> index of its block; len(found) for those outside of all blocks."""
+    owner = {id(p): index for index, block in enumerate(found) for p in block.parameters()}
+    named = dict(objective.module.named_parameters())
+    return {name: owner.get(id(named[name]), len(found)) for name in objective.slices}
+
+
+def _by_group(
+    objective: Objective, guess: Tensor, group_of: dict[str, int], used: Sequence[int]
+) -> Directions:
+    lengths = {group: 0.0 for group in used}
+    for name, (start, stop, _) in objective.slices.items():
+        lengths[group_of[name]] += float(guess[start:stop].square().sum())
+
+    def part(k: int, name: str) -> Tensor:
+        start, stop, _ = objective.slices[name]
+        length = lengths[used[k]] ** 0.5
+        mine = group_of[name] == used[k] and length > 0
+        return guess[start:stop] / length if mine else torch.zeros_like(guess[start:stop])
+
+    return Directions(objective, len(used), part)
+
+
+class _Relay:
+    """Runs a model with one block active: the blocks before it hand on the hidden states of an
+    earlier pass, the blocks after it do nothing."""
+
+    def __init__(self, found: Sequence[nn.Module]) -> None:
+        self.found = found
+        self.states: Tensor | None = None  # what the active block receives; None: its own input
+        self.extra: tuple[Any, ...] | None = None  # what a block returns beside hidden states
+
+    @contextlib.contextmanager
+    def only(self, active: int):  # type: ignore[no-untyped-def]
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(self.found):
+                if index == active:
+                    run = self._run(block.forward)
+                else:
+                    run = self._skip
+                block.forward = run
+                stack.callback(block.__dict__.pop, "forward", None)
+            yield
+
+    def _run(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = forward(states if self.states is None else self.states, *args, **kwargs)
+            self.extra = result[1:] if isinstance(result, tuple) else None
+            self.states = (result[0] if isinstance(result, tuple) else result).detach()
+            return result
+
+        return run
+
+    def _skip(self, states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return states if self.extra is None else (states, *self.extra)

@@ -1,0 +1,74 @@
+"""Zeroth order scaled by an estimate of the Hessian's diagonal (HiZOO)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from costbp.estimators.base import Estimate, Estimator, wide, wide_dtype
+from costbp.estimators.directions import Directions, Part, independent
+from costbp.estimators.oracles import losses_at
+from costbp.objective import Batch, Key, Objective
+
+
+@dataclass
+class HessianInformed(Estimator):
+    """z = Sigma^(1/2) u with u ~ N(0, I), where Sigma^-1 follows the diagonal of the Hessian
+    (Zhao et al., HiZOO, arXiv 2402.15173, Algorithm 1). With f0 = f(theta), f+- = f(theta +- eps z):
+
+        g_hat = (f+ - f-) / (2 eps) z,  E[g_hat] = Sigma g: a preconditioned gradient
+        Sigma^-1 <- (1 - a) Sigma^-1 + a |(f+ + f- - 2 f0) / (2 eps^2)| u^2 / Sigma  (diagonal)
+
+    Three forward units. Ours: Sigma is kept for the flat vector, is applied from the next step on,
+    and its entries are held within ``limit`` and 1/``limit``. It is a vector [d] of state.
+
+    Args:
+        eps: step of the differences.
+        smoothing: a, the share of the newest curvature.
+        limit: largest entry of Sigma and of its inverse.
+    """
+
+    eps: float
+    smoothing: float
+    limit: float = 1e3
+    inverse: Tensor | None = field(default=None, init=False)
+
+    def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
+        (batch,) = batches
+        theta = objective.theta
+        if self.inverse is None:
+            self.inverse = torch.ones_like(theta, dtype=wide_dtype(theta.dtype))
+        noise, inverse = independent(objective, key), self.inverse
+
+        def scaled(k: int, name: str) -> Tensor:
+            start, stop, _ = objective.slices[name]
+            return noise(k, name).mul_(inverse[start:stop].rsqrt())
+
+        directions = Directions(objective, 1, scaled)
+        with objective.noise(key):
+            with torch.no_grad():
+                base = wide(objective.value(batch))
+            steps = (self.eps, -self.eps)
+            up, down = losses_at(objective, batch, directions, steps, "never").flatten()
+        slope = (up - down) / (2 * self.eps)
+        usable = bool(torch.isfinite(slope))
+        gradient = directions.combine(torch.where(torch.isfinite(slope), slope, 0).reshape(1))
+        if usable:
+            self._learn(objective, noise, float((up + down - 2 * base) / (2 * self.eps**2)))
+        return Estimate(gradient, base, slope.reshape(1), int(not usable))
+
+    def _learn(self, objective: Objective, noise: Part, curvature: float) -> None:
+        assert self.inverse is not None
+        for name, (start, stop, _) in objective.slices.items():
+            old = self.inverse[start:stop]
+            seen = noise(0, name).square_().mul_(old).mul_(abs(curvature))
+            old.lerp_(seen, self.smoothing).clamp_(1 / self.limit, self.limit)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.inverse is None else {"inverse": self.inverse}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.inverse = state.get("inverse")
