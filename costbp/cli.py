@@ -138,7 +138,7 @@ def train(
         except UserError as error:
             say(f"warning: {error}")
 
-    specs = [study.spec(cell, s) for s in (seed or study.study.seeds)]
+    specs = [study.spec(cell, s) for s in (seed or study.seeds(cell))]
     records = run_specs(study, specs, done=track_run)
     if out is not None:
         write_manifest(out, cell, records, study.study.paths.store)
@@ -340,7 +340,7 @@ def list_entries(config: Config = None) -> None:
             [(n, e.label, e.notes or "") for n, e in entries.items()],
         )
     print(
-        f"study {study.name}: {sum(1 for _ in study.cells())} experiments x {len(study.study.seeds)} seeds"
+        f"study {study.name}: {sum(1 for _ in study.cells())} experiments, {study.runs} runs"
     )
 
 
@@ -349,7 +349,7 @@ def validate(config: Config = None) -> None:
     """Check a study and the catalog; exit code 0 means every reference is good."""
     study = load_plan(config or ())
     print(
-        f"{study.name}: {sum(1 for _ in study.cells())} experiments, {len(study.study.seeds)} seeds, valid"
+        f"{study.name}: {sum(1 for _ in study.cells())} experiments, {study.runs} runs, valid"
     )
 
 

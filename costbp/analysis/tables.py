@@ -149,7 +149,7 @@ def latex(table: pd.DataFrame, caption: str) -> str:
 
 def scale_line(plan: Plan) -> str:
     """What the figures rest on, in one sentence."""
-    seeds = len(plan.study.seeds)
+    seeds = " or ".join(map(str, sorted({len(plan.seeds(cell)) for cell in plan.cells()})))
     labels = [plan.catalog.budgets[b].label for b in dict.fromkeys(c.budget for c in plan.cells())]
     return (
         f"Study '{plan.name}' ({plan.study.scale} scale): {seeds} seeds, budgets of "

@@ -49,8 +49,8 @@ class ExactOracle(Strict):
 
 
 Batched = Literal["auto", "always", "never"]
-EPS = Field(1e-3, gt=0, description="Step of the difference.")
-BATCHED = Field(
+EPS: Any = Field(1e-3, gt=0, description="Step of the difference.")
+BATCHED: Any = Field(
     "auto",
     description="Evaluate the K perturbed parameter sets as one batched forward: `auto` does so "
     "for small inputs.",
@@ -78,7 +78,7 @@ AnyOracle = Annotated[ExactOracle | CentralOracle | OneSidedOracle, Field(discri
 
 # --- directions --------------------------------------------------------------------------------
 
-COUNT = Field(1, ge=1, description="Directions K per estimate.")
+COUNT: Any = Field(1, ge=1, description="Directions K per estimate.")
 
 
 class PlainDirections(Strict):

@@ -34,6 +34,9 @@ class Block(Strict):
     tasks: tuple[str, ...] = Field(min_length=1)
     methods: tuple[str, ...] = Field(min_length=1)
     budgets: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] | None = Field(
+        None, min_length=1, description="Seeds of this block; default: the study's."
+    )
 
 
 class Evaluation(Strict):
@@ -242,8 +245,26 @@ class Plan(Strict):
             assets=self.assets_of(cell.model, cell.task),
         )
 
+    def seeds(self, cell: Cell) -> tuple[int, ...]:
+        """The seeds of an experiment, of every block that names it."""
+        blocks = [
+            block
+            for block in self.study.experiments
+            if cell.model in block.models
+            and cell.task in block.tasks
+            and cell.method in block.methods
+            and cell.budget in block.budgets
+        ]
+        seeds = [seed for block in blocks for seed in block.seeds or self.study.seeds]
+        return tuple(dict.fromkeys(seeds))
+
+    @property
+    def runs(self) -> int:
+        """Number of runs: every seed of every experiment."""
+        return sum(len(self.seeds(cell)) for cell in self.cells())
+
     def specs(self, cell: Cell) -> list[RunSpec]:
-        return [self.spec(cell, seed) for seed in self.study.seeds]
+        return [self.spec(cell, seed) for seed in self.seeds(cell)]
 
     def trial_specs(self, cell: Cell) -> list[RunSpec]:
         """One short run per trial of the method, scored on the validation split alone."""

@@ -76,7 +76,7 @@ class Estimator(ABC):
         """What it remembers between steps, by name."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Continue from ``state_dict()``."""
 
 

@@ -53,14 +53,13 @@ class Directions:
     def combine(self, weights: Tensor) -> Tensor:
         """sum_k weights_k z'_k [d] in the objective's buffer, summed in float32 or wider."""
         buffer = self.objective.buffer
-        scales = [float(weight) for weight in weights]
+        scales, dual = weights.tolist(), self.dual or self.part
         if self.dual is None and "dense" in vars(self) and self.dense.dtype == weights.dtype:
             return torch.mv(self.dense.T, weights, out=buffer)
         for name, (start, stop, _) in self.objective.slices.items():
-            total: Tensor | None = None
-            for k, scale in enumerate(scales):
-                part = (self.dual or self.part)(k, name).mul_(scale)
-                total = part if total is None else total.add_(part)
+            total = dual(0, name).mul_(scales[0])
+            for k, scale in enumerate(scales[1:], 1):
+                total.add_(dual(k, name), alpha=scale)
             buffer[start:stop] = total
         return buffer
 
@@ -72,7 +71,7 @@ class Source(ABC):
     def draw(self, objective: Objective, key: Key, count: int) -> Directions:
         """``count`` directions, a function of the key (and the source's state) alone."""
 
-    def update(self, objective: Objective, key: Key, probe: Probe) -> None:
+    def update(self, objective: Objective, key: Key, probe: Probe) -> None:  # noqa: B027
         """Called before the draw of each estimate. ``probe(directions)`` measures derivatives
         [K] along directions, at their full cost."""
 
@@ -88,7 +87,7 @@ class Source(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Continue from ``state_dict()``."""
 
 

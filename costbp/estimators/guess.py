@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def _groups(objective: Objective, found: Sequence[nn.Module]) -> dict[str, int]:
 def _by_group(
     objective: Objective, guess: Tensor, group_of: dict[str, int], used: Sequence[int]
 ) -> Directions:
-    lengths = {group: 0.0 for group in used}
+    lengths = dict.fromkeys(used, 0.0)
     for name, (start, stop, _) in objective.slices.items():
         lengths[group_of[name]] += float(guess[start:stop].square().sum())
 
@@ -100,7 +100,7 @@ class _Relay:
         self.extra: tuple[Any, ...] | None = None  # what a block returns beside hidden states
 
     @contextlib.contextmanager
-    def only(self, active: int):  # type: ignore[no-untyped-def]
+    def only(self, active: int) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for index, block in enumerate(self.found):
                 if index == active:

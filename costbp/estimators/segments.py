@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,10 @@ class Segment:
                 return forward(*args, **kwargs)
             if self._chain is None or block is self.blocks[0] or args[0] is not self._chain.end:
                 self._chain = _Chain(args[0])
-            result = self._chain.run(forward, args[1:], kwargs)
+            chain = self._chain
+            result = chain.run(forward, args[1:], kwargs)
             if block is self.blocks[-1]:
-                self._chain.end = self._chain = None
+                chain.end = self._chain = None
             return result
 
         return run
@@ -105,7 +106,7 @@ def _random_state(like: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 @contextlib.contextmanager
-def _restored(state: tuple[Tensor, Tensor | None]):  # type: ignore[no-untyped-def]
+def _restored(state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
     """Within the block random numbers continue from ``state``; afterwards as before."""
     cpu, cuda = state
     with torch.random.fork_rng(enabled=True):

@@ -120,7 +120,7 @@ def family_model(
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    kind = AutoModelForCausalLM
+    kind: Any = AutoModelForCausalLM
     if family in CLASSIFIERS:
         kind = AutoModelForSequenceClassification
     elif family == "qwen2_vl":
@@ -134,7 +134,7 @@ def family_model(
 
 def _trainable(model: Any, family: str, train: Train, rank: int, dropout: float) -> nn.Module:
     if train == "full":
-        return model  # type: ignore[no-any-return]
+        return model
     if train == "head":
         model.requires_grad_(False)
         if family in CLASSIFIERS:
@@ -142,7 +142,7 @@ def _trainable(model: Any, family: str, train: Train, rank: int, dropout: float)
         else:  # untied from the embedding, which stays frozen
             head = model.get_output_embeddings()
             head.weight = nn.Parameter(head.weight.detach().clone())
-        return model  # type: ignore[no-any-return]
+        return model
     from peft import LoraConfig, get_peft_model
 
     targets = ["query", "value"] if family in CLASSIFIERS else ["q_proj", "v_proj"]
@@ -155,7 +155,8 @@ def _trainable(model: Any, family: str, train: Train, rank: int, dropout: float)
         modules_to_save=saved,
         init_lora_weights=False,  # B is not zero, so that every adapter has a gradient
     )
-    return get_peft_model(model, lora)
+    adapted: nn.Module = get_peft_model(model, lora)
+    return adapted
 
 
 def family_batch(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from statistics import mean
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
 from costbp.config.study import Plan
-from costbp.files import write_json
 from costbp.estimators.memory_plans import blocks
+from costbp.files import write_json
 from costbp.measure.step import StepCost, forward_only, median_seconds
 from costbp.models.build import build_model
 from costbp.models.prepare import load_prepared, prepare
@@ -58,7 +59,7 @@ def _measure(plan: Plan, model: str, task: str, method: str) -> dict[str, Any]:
     for step, cost in zip(steps, costs, strict=True):
         if cost.flops not in seconds:
             seconds[cost.flops] = median_seconds(
-                lambda step=step: estimator.estimate(run.objective, batches[step], Key(0, step))
+                partial(estimator.estimate, run.objective, batches[step], Key(0, step))
             )
     forward = median_seconds(lambda: forward_only(run.objective, batch))
     summary = run.summary(test=False)
