@@ -339,18 +339,14 @@ def list_entries(config: Config = None) -> None:
             ("name", "label", "notes"),
             [(n, e.label, e.notes or "") for n, e in entries.items()],
         )
-    print(
-        f"study {study.name}: {sum(1 for _ in study.cells())} experiments, {study.runs} runs"
-    )
+    print(f"study {study.name}: {sum(1 for _ in study.cells())} experiments, {study.runs} runs")
 
 
 @app.command()
 def validate(config: Config = None) -> None:
     """Check a study and the catalog; exit code 0 means every reference is good."""
     study = load_plan(config or ())
-    print(
-        f"{study.name}: {sum(1 for _ in study.cells())} experiments, {study.runs} runs, valid"
-    )
+    print(f"{study.name}: {sum(1 for _ in study.cells())} experiments, {study.runs} runs, valid")
 
 
 @app.command()

@@ -113,7 +113,11 @@ class Objective:
     def _has_dropout(self) -> bool:
         """Whether a forward pass would draw random numbers now."""
         return any(
-            isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self.module.modules()
+            isinstance(value, float) and value > 0
+            for module in self.module.modules()
+            if module.training
+            for name, value in vars(module).items()
+            if "dropout" in name or (name == "p" and isinstance(module, nn.Dropout))
         )
 
     def _seed(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from costbp.analysis import claims, tables
-from costbp.analysis.claims import Reading, ledger_word, load_claims
+from costbp.analysis import readings, tables
+from costbp.analysis.claims import load_claims
 from costbp.analysis.frames import Frames, at_units, first_reach
+from costbp.analysis.verdict import Reading, ledger_word
 from costbp.config import load_plan
 from costbp.errors import UserError
 from tests.conftest import ROOT
@@ -54,7 +55,7 @@ def test_accuracy_gap(plan):
         {"bp_checkpointing": [0.9, 0.88], "fmad_vanilla": [0.4, 0.5], "zo_vanilla": [0.89, 0.3]},
         {"bp_checkpointing": 0.9, "fmad_vanilla": 0.5, "zo_vanilla": 0.5},
     )
-    reading = claims.accuracy_gap(plan, data, claim(plan, "accuracy"))
+    reading = readings.accuracy_gap(plan, data, claim(plan, "accuracy"))
     assert reading.value == pytest.approx(44.0)
     assert len(reading.supporting) == 1 and "fmad_vanilla" in reading.supporting[0]
     assert len(reading.undecided) == 1 and "zo_vanilla" in reading.undecided[0]
@@ -65,7 +66,7 @@ def test_accuracy_gap_against_the_study(plan):
         {"bp_checkpointing": [0.5, 0.5], "fmad_vanilla": [0.8, 0.9]},
         {"bp_checkpointing": 0.5, "fmad_vanilla": 0.8},
     )
-    reading = claims.accuracy_gap(plan, data, claim(plan, "accuracy"))
+    reading = readings.accuracy_gap(plan, data, claim(plan, "accuracy"))
     assert reading.verdict == "does not hold here"
     assert ledger_word(reading.verdict, "full") == "falsified"
     assert ledger_word(reading.verdict, "reduced") == "toy"
@@ -77,11 +78,24 @@ def test_time_and_flops_to_the_same_accuracy(plan):
         {"bp_checkpointing": 0.9, "fmad_vanilla": 0.4},
     )
     # the reference passes 0.4 after 2/7 of its budget
-    flops = claims.flops_to_same_accuracy(plan, data, claim(plan, "compute"))
+    flops = readings.flops_to_same_accuracy(plan, data, claim(plan, "compute"))
     assert flops.value == pytest.approx(3.5)
-    seconds = claims.time_to_same_accuracy(plan, data, claim(plan, "convergence"))
+    seconds = readings.time_to_same_accuracy(plan, data, claim(plan, "convergence"))
     assert seconds.value == pytest.approx(100 * (1 - 2 / 7))
     assert seconds.verdict == "holds here"
+
+
+def test_variants_against_their_baselines(plan):
+    data = frames(
+        {"bp_checkpointing": [0.9], "fmad_vanilla": [0.4, 0.5], "zo_vanilla": [0.6, 0.7]},
+        {"bp_checkpointing": 0.9, "fmad_vanilla": 0.5, "zo_vanilla": 0.5},
+    )
+    entry = claim(plan, "variance_reduction").model_copy(
+        update={"baselines": {"zo_vanilla": "fmad_vanilla", "zo_sparse": "zo_vanilla"}}
+    )
+    reading = readings.beats_its_baseline(plan, data, entry)
+    assert reading.value == pytest.approx(20)
+    assert len(reading.supporting) == 1 and not reading.opposing and not reading.undecided
 
 
 def test_a_method_that_learnt_nothing_settles_nothing(plan):
@@ -89,7 +103,7 @@ def test_a_method_that_learnt_nothing_settles_nothing(plan):
         {"bp_checkpointing": [0.9], "fmad_vanilla": [0.2]},
         {"bp_checkpointing": 0.9, "fmad_vanilla": 0.22},
     )
-    reading = claims.flops_to_same_accuracy(plan, data, claim(plan, "compute"))
+    reading = readings.flops_to_same_accuracy(plan, data, claim(plan, "compute"))
     assert reading.value is None
     assert reading.verdict == "inconclusive here"
 
@@ -99,7 +113,7 @@ def test_a_reference_that_never_gets_there_counts_against(plan):
         {"bp_checkpointing": [0.3], "fmad_vanilla": [0.8]},
         {"bp_checkpointing": 0.3, "fmad_vanilla": 0.8},
     )
-    reading = claims.flops_to_same_accuracy(plan, data, claim(plan, "compute"))
+    reading = readings.flops_to_same_accuracy(plan, data, claim(plan, "compute"))
     assert len(reading.opposing) == 1
     assert reading.verdict == "does not hold here"
 

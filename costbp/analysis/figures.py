@@ -1,7 +1,8 @@
-"""Figures: one panel per (model, task), colours per method, safe for colour-blind readers.
+"""Figures: one panel per (model, task), safe for colour-blind readers.
 
-Family decides dash and marker, so that a figure reads in grey too. Lines are means over seeds,
-bands their range.
+Colour tells the variant (what follows the family in a label), dash and marker the family, so that
+fifteen methods stay readable, and a figure reads in grey too. Lines are means over seeds, bands
+their range.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from costbp.files import atomic
 DASHES = {"bp": "", "fmad": (4, 1.5), "zo": (1.2, 1.2)}
 MARKERS = {"bp": "o", "fmad": "s", "zo": "^"}
 PANEL = (4.3, 3.1)  # inches
-LEGEND = 0.8  # inches
+LEGEND = 0.27  # inches a row
+COLUMNS = 4  # of the legend
 READABLE = (0, 1, 2, 3, 4, 5, 7, 9, 6, 8)  # of seaborn's ten, the pale ones last
 
 
@@ -48,17 +50,24 @@ class Style:
 def style(plan: Plan) -> Style:
     methods = list(dict.fromkeys(cell.method for cell in plan.cells()))
     entries = [plan.catalog.methods[name] for name in methods]
+    variants = list(dict.fromkeys(_variant(entry.label) for entry in entries))
     colors = sns.color_palette("colorblind", 10)
-    palette = [colors[i] for i in READABLE[: len(entries)]]
-    if len(entries) > 10:
-        palette = sns.husl_palette(len(entries))
+    palette = [colors[i] for i in READABLE[: len(variants)]]
+    if len(variants) > 10:
+        palette = sns.husl_palette(len(variants))
+    color_of = dict(zip(variants, palette, strict=True))
     order = [entry.label for entry in entries]
     return Style(
-        dict(zip(order, palette, strict=True)),
+        {label: color_of[_variant(label)] for label in order},
         {entry.label: DASHES[entry.family] for entry in entries},
         {entry.label: MARKERS[entry.family] for entry in entries},
         order,
     )
+
+
+def _variant(label: str) -> str:
+    """``FmAD-Sparse`` and ``ZO-Sparse`` are one variant; a bare ``BP`` is its family's plain one."""
+    return label.split("-", 1)[1] if "-" in label else "Vanilla"
 
 
 def _labelled(plan: Plan, frame: pd.DataFrame) -> pd.DataFrame:
@@ -75,7 +84,9 @@ def _grid(
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.35)
     models = list(dict.fromkeys(frame["model"]))
     tasks = list(dict.fromkeys(frame["task"]))
-    size = (PANEL[0] * len(tasks), PANEL[1] * len(models) + LEGEND)
+    rows_of_legend = -(-frame["Method"].nunique() // COLUMNS)
+    legend_height = LEGEND * (1 + rows_of_legend)
+    size = (PANEL[0] * max(2, len(tasks)), PANEL[1] * len(models) + legend_height)
     figure, axes = plt.subplots(len(models), len(tasks), figsize=size, squeeze=False)
     for i, model in enumerate(models):
         for j, task in enumerate(tasks):
@@ -93,17 +104,19 @@ def _grid(
             legend = axis.get_legend()
             if legend is not None:
                 legend.remove()
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    known = set(style(plan).order)
-    shown = {label: handle for handle, label in zip(handles, labels, strict=True) if label in known}
+    order = style(plan).order
+    found: dict[str, Any] = {}
+    for axis in figure.axes:  # not every panel has every method
+        found |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    shown = {label: found[label] for label in order if label in found}
     figure.legend(
         list(shown.values()),
         list(shown),
         loc="lower center",
-        ncol=min(4, len(shown)),
+        ncol=min(COLUMNS, len(shown)),
         frameon=False,
     )
-    figure.tight_layout(rect=(0, LEGEND / size[1], 1, 1))
+    figure.tight_layout(rect=(0, legend_height / size[1], 1, 1))
     return figure
 
 

@@ -12,8 +12,9 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
 from costbp.analysis.captions import CAPTIONS
-from costbp.analysis.claims import judge, reference_method
+from costbp.analysis.claims import judge
 from costbp.analysis.frames import Frames
+from costbp.analysis.readings import reference_method
 from costbp.analysis.tables import HEADERS, cost_table, readable, scale_line, spread
 from costbp.config.study import Plan
 from costbp.files import write_json, write_text

@@ -52,11 +52,14 @@ class Directions:
 
     def combine(self, weights: Tensor) -> Tensor:
         """sum_k weights_k z'_k [d] in the objective's buffer, summed in float32 or wider."""
-        buffer = self.objective.buffer
+        buffer, slices = self.objective.buffer, self.objective.slices
+        if self.dual is None and "dense" in vars(self):  # as rounded for the derivative
+            for start, stop, _ in slices.values():
+                rows = self.dense[:, start:stop].to(weights.dtype)
+                buffer[start:stop] = weights @ rows
+            return buffer
         scales, dual = weights.tolist(), self.dual or self.part
-        if self.dual is None and "dense" in vars(self) and self.dense.dtype == weights.dtype:
-            return torch.mv(self.dense.T, weights, out=buffer)
-        for name, (start, stop, _) in self.objective.slices.items():
+        for name, (start, stop, _) in slices.items():
             total = dual(0, name).mul_(scales[0])
             for k, scale in enumerate(scales[1:], 1):
                 total.add_(dual(k, name), alpha=scale)

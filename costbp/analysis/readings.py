@@ -1,0 +1,297 @@
+"""The readings of claims: what the runs say, comparison by comparison.
+
+Each compares the reference (BP with checkpointing) with one FmAD or ZO method on one (model, task,
+budget), or one method with another of its family, and files it: for the claim, against it, or
+undecided where seeds overlap or where a method learnt nothing that could be compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from costbp.analysis.frames import CELL, Frames, at_units, first_reach
+from costbp.analysis.verdict import Claim, Reading
+from costbp.config.study import Plan
+from costbp.errors import UserError
+
+LEARNT = 0.05  # accuracy above the majority class from which a run counts as having learnt
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Runs of the reference and of one other method on the same model, task and budget."""
+
+    name: str
+    reference: pd.DataFrame
+    other: pd.DataFrame
+    curves: pd.DataFrame
+
+    def curve(self, run: Any) -> pd.DataFrame:
+        mask = self.curves["seed"] == run.seed
+        for column in CELL:
+            mask &= self.curves[column] == getattr(run, column)
+        return self.curves[mask]
+
+    def seeds(self) -> Iterator[tuple[Any, Any]]:
+        """Runs of both methods with the same seed."""
+        others = {run.seed: run for run in self.other.itertuples()}
+        for run in self.reference.itertuples():
+            if run.seed in others:
+                yield run, others[run.seed]
+
+
+def reference_method(plan: Plan) -> str:
+    """The method of the study that claims compare the others with.
+
+    Raises:
+        UserError: the study has none, or several.
+    """
+    used = dict.fromkeys(cell.method for cell in plan.cells())
+    found = [name for name in used if plan.catalog.methods[name].reference]
+    if len(found) != 1:
+        raise UserError(
+            f"study '{plan.name}': claims need exactly one method with `reference: true` "
+            f"(bp_checkpointing in the shipped catalog), found {found or 'none'}"
+        )
+    return found[0]
+
+
+def pairs(plan: Plan, frames: Frames) -> Iterator[Pair]:
+    """Every comparison of the reference with an FmAD or ZO method."""
+    reference = reference_method(plan)
+    for (model, task, budget), group in frames.runs.groupby(
+        ["model", "task", "budget"], sort=False
+    ):
+        base = group[group["method"] == reference]
+        for method, other in group[group["family"] != "bp"].groupby("method", sort=False):
+            if len(base):
+                yield Pair(f"{method} on {model}/{task}/{budget}", base, other, frames.curves)
+
+
+def accuracy_gap(plan: Plan, frames: Frames, claim: Claim) -> Reading:
+    reading = Reading(
+        "Test accuracy at the end of an equal budget, reference minus other method, mean over "
+        "seeds. Decided where no seed of one reaches any seed of the other."
+    )
+    gaps = []
+    for pair in pairs(plan, frames):
+        ours, theirs = (f["test_accuracy"].fillna(0) for f in (pair.reference, pair.other))
+        gaps.append(
+            (ours.mean() - theirs.mean(), ours.mean() / max(theirs.mean(), 1e-9) - 1, pair.name)
+        )
+        reading.sort(
+            f"{pair.name}: {100 * gaps[-1][0]:+.1f} points", _apart(ours, theirs, higher=True)
+        )
+    if gaps:
+        gap, relative, name = max(gaps)
+        lowest = min(gaps)[0]
+        reading.value = 100 * gap
+        reading.measured = (
+            f"{100 * lowest:+.1f} to {100 * gap:+.1f} points "
+            f"(largest: {100 * relative:+.0f} % relative, {name})"
+        )
+    return reading
+
+
+def _apart(ours: pd.Series, theirs: pd.Series, *, higher: bool) -> bool | None:
+    """True if all of ours are better than all of theirs, False if all are worse, else None."""
+    first, second = (ours, theirs) if higher else (theirs, ours)
+    if first.min() > second.max():
+        return True
+    return False if first.max() < second.min() else None
+
+
+def _to_same_accuracy(plan: Plan, frames: Frames, column: str, reading: Reading) -> list[float]:
+    """Ratios other/reference of ``column`` at the accuracy that the other method ends with.
+
+    Seeds are paired. Runs that ended within 5 points of the majority class, or at the accuracy
+    they started from, learnt nothing that a time could be measured to: undecided.
+    """
+    ratios = []
+    for pair in pairs(plan, frames):
+        found = []
+        for ours, theirs in pair.seeds():
+            curve = pair.curve(theirs)
+            target = float(curve.sort_values("step")["validation_accuracy"].iloc[-1])
+            spent = first_reach(curve, target, column)
+            needed = first_reach(pair.curve(ours), target, column)
+            if target < theirs.majority + LEARNT or not spent:
+                continue
+            found.append(spent / needed if needed else (float("inf") if needed == 0 else 0.0))
+        if len(found) < len(pair.other):
+            reading.sort(f"{pair.name}: did not leave the majority class in every seed", None)
+            continue
+        finite = [ratio for ratio in found if ratio != float("inf")]
+        ratio = statistics.geometric_mean(finite) if finite and min(finite) > 0 else min(found)
+        verdict = None if min(found) <= 1 <= max(found) else min(found) > 1
+        words = {0.0: "reference never got there", float("inf"): "reference starts there"}
+        note = words.get(ratio, f"{ratio:.1f}x")
+        reading.sort(f"{pair.name}: {note}", verdict)
+        if ratio not in (0.0, float("inf")):
+            ratios.append(ratio)
+    return ratios
+
+
+def time_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Reading:
+    reading = Reading(
+        "Training seconds to the validation accuracy that the other method ends its budget with "
+        "(first crossing, linear between evaluations, seeds paired)."
+    )
+    ratios = _to_same_accuracy(plan, frames, "seconds", reading)
+    if ratios:
+        low, high = (100 * (1 - 1 / ratio) for ratio in (min(ratios), max(ratios)))
+        reading.value = high
+        reading.measured = f"{low:.1f} to {high:.1f} % less time"
+    return reading
+
+
+def flops_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Reading:
+    reading = Reading(
+        "FLOPs to the validation accuracy that the other method ends its budget with, other over "
+        "reference (first crossing, linear between evaluations, seeds paired)."
+    )
+    ratios = _to_same_accuracy(plan, frames, "flops", reading)
+    if ratios:
+        reading.value = max(ratios)
+        reading.measured = f"{min(ratios):.1f}x to {max(ratios):.1f}x"
+    return reading
+
+
+def _cost_pairs(plan: Plan, frames: Frames) -> Iterator[tuple[str, Any, Any]]:
+    """(name, reference, other) rows of the cost table, models that run more than a head."""
+    reference = reference_method(plan)
+    for (model, task), group in frames.costs.groupby(["model", "task"], sort=False):
+        rows = {row.method: row for row in group.itertuples()}
+        for method, row in rows.items():
+            if plan.catalog.methods[str(method)].family != "bp" and reference in rows and row.seq:
+                yield f"{method} on {model}/{task}", rows[reference], row
+
+
+def flops_per_step(plan: Plan, frames: Frames, claim: Claim) -> Reading:
+    reading = Reading(
+        "Counted FLOPs of one optimiser step, other over reference; models that run their encoder."
+    )
+    ratios = []
+    for name, ours, theirs in _cost_pairs(plan, frames):
+        ratio = theirs.flops / ours.flops
+        ratios.append(ratio)
+        reading.sort(f"{name}: {ratio:.2f}x", ratio > 1)
+    if ratios:
+        reading.value = max(ratios)
+        reading.measured = f"{min(ratios):.2f}x to {max(ratios):.2f}x"
+    return reading
+
+
+def memory_comparable(plan: Plan, frames: Frames, claim: Claim) -> Reading:
+    reading = Reading(
+        f"Peak bytes of one step beyond weights, reference over other; comparable means at most "
+        f"{claim.tolerance:g}x. Models that run their encoder."
+    )
+    ratios = []
+    for name, ours, theirs in _cost_pairs(plan, frames):
+        ratio = _memory(ours) / _memory(theirs)
+        ratios.append(ratio)
+        reading.sort(f"{name}: {ratio:.2f}x", ratio <= claim.tolerance)
+    if ratios:
+        reading.value = max(ratios)
+        reading.measured = f"{min(ratios):.2f}x to {max(ratios):.2f}x of the other's"
+    return reading
+
+
+def zo_needs_least_memory(plan: Plan, frames: Frames, claim: Claim) -> Reading:
+    reading = Reading(
+        "Peak bytes of one step beyond weights, checkpointed BP over ZO; models that run their "
+        "encoder."
+    )
+    ratios = []
+    for name, ours, theirs in _cost_pairs(plan, frames):
+        if plan.catalog.methods[theirs.method].family == "zo":
+            ratio = _memory(ours) / _memory(theirs)
+            ratios.append(ratio)
+            reading.sort(f"{name}: {ratio:.2f}x", ratio > 1)
+    if ratios:
+        reading.value = max(ratios)
+        reading.measured = f"BP-Checkpointing needs {min(ratios):.2f}x to {max(ratios):.2f}x"
+    return reading
+
+
+def _memory(row: Any) -> int:
+    return int(row.peak_bytes + row.state_bytes)
+
+
+def gap_grows_with_d(plan: Plan, frames: Frames, claim: Claim) -> Reading:
+    reading = Reading(
+        "Validation accuracy of the reference minus the other's at the same number of forward "
+        "units, for two sizes d of the trainable vector on one encoder: d is varied here, not the "
+        "size of the model. Decided where the gap differs by more than 2 points."
+    )
+    reference = reference_method(plan)
+    sizes = frames.runs.groupby("model")["d"].max().sort_values()
+    if len(sizes) < 2 or sizes.iloc[0] == sizes.iloc[-1]:
+        return reading
+    small, large = sizes.index[0], sizes.index[-1]
+    units = frames.curves.groupby(CELL)["forward_units"].max().min()
+    accuracy = (
+        at_units(frames.curves, units).groupby(["model", "task", "method"])["accuracy"].mean()
+    )
+    changes = []
+    for (_, task, method), _row in accuracy[[large]].items():
+        keys = [(m, task, k) for m in (small, large) for k in (reference, method)]
+        family = plan.catalog.methods[method].family
+        if family == "bp" or any(key not in accuracy for key in keys):
+            continue
+        few, many = (
+            accuracy[m, task, reference] - accuracy[m, task, method] for m in (small, large)
+        )
+        changes.append(100 * (many - few))
+        verdict = None if abs(changes[-1]) <= 2 else changes[-1] > 0
+        reading.sort(f"{method} on {task}: {100 * few:.1f} -> {100 * many:.1f} points", verdict)
+    if changes:
+        reading.value = statistics.mean(changes)
+        reading.measured = (
+            f"gap changes by {min(changes):+.1f} to {max(changes):+.1f} points at {units:.0f} units "
+            f"({small} -> {large})"
+        )
+    return reading
+
+
+def beats_its_baseline(plan: Plan, frames: Frames, claim: Claim) -> Reading:
+    reading = Reading(
+        "Test accuracy at the end of an equal budget, each method of the claim minus its baseline, "
+        "mean over seeds. Decided where no seed of one reaches any seed of the other."
+    )
+    gaps = []
+    for (model, task, budget), group in frames.runs.groupby(
+        ["model", "task", "budget"], sort=False
+    ):
+        scores = {m: g["test_accuracy"].fillna(0) for m, g in group.groupby("method")}
+        for method, baseline in claim.baselines.items():
+            if method in scores and baseline in scores:
+                ours, theirs = scores[method], scores[baseline]
+                gaps.append(100 * (ours.mean() - theirs.mean()))
+                name = f"{method} against {baseline} on {model}/{task}/{budget}"
+                reading.sort(f"{name}: {gaps[-1]:+.1f} points", _apart(ours, theirs, higher=True))
+    if gaps:
+        reading.value = statistics.mean(gaps)
+        reading.measured = f"{min(gaps):+.1f} to {max(gaps):+.1f} points"
+    return reading
+
+
+READINGS: Mapping[str, Callable[[Plan, Frames, Claim], Reading]] = {
+    function.__name__: function
+    for function in (
+        accuracy_gap,
+        beats_its_baseline,
+        time_to_same_accuracy,
+        flops_to_same_accuracy,
+        flops_per_step,
+        gap_grows_with_d,
+        memory_comparable,
+        zo_needs_least_memory,
+    )
+}

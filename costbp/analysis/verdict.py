@@ -1,0 +1,72 @@
+"""A claim as data, what the runs say of it, and the fixed rules that word the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import Field
+
+from costbp.config.entries import Strict
+
+DECISIVE = 0.75  # share of the decided comparisons that settles a verdict
+
+
+class Claim(Strict):
+    """A claim as data."""
+
+    title: str
+    statement: str
+    source: str
+    provenance: Literal["quoted", "derived"]
+    reading: str
+    claimed: str
+    tolerance: float = 1.0
+    baselines: dict[str, str] = Field(
+        default_factory=dict, description="Method -> method of its family it is compared with."
+    )
+
+
+@dataclass
+class Reading:
+    """What the runs say about a claim.
+
+    Attributes:
+        measured: our value with its unit, as text.
+        value: the same as a number, None where nothing could be compared.
+        supporting, opposing, undecided: comparisons by what they say.
+        definition: what was compared, in one sentence.
+    """
+
+    definition: str
+    measured: str = "nothing to compare"
+    value: float | None = None
+    supporting: list[str] = field(default_factory=list)
+    opposing: list[str] = field(default_factory=list)
+    undecided: list[str] = field(default_factory=list)
+
+    def sort(self, name: str, verdict: bool | None) -> None:
+        """File a comparison under what it says."""
+        {True: self.supporting, False: self.opposing, None: self.undecided}[verdict].append(name)
+
+    @property
+    def verdict(self) -> str:
+        """``holds here``, ``does not hold here`` or ``inconclusive here``: a claim holds when at
+        least half of all comparisons are decided and three quarters of those are for it."""
+        decided = len(self.supporting) + len(self.opposing)
+        total = decided + len(self.undecided)
+        if not decided or decided / total < 0.5:
+            return "inconclusive here"
+        share = len(self.supporting) / decided
+        if share >= DECISIVE:
+            return "holds here"
+        return "does not hold here" if share <= 1 - DECISIVE else "inconclusive here"
+
+
+def ledger_word(verdict: str, scale: str) -> str:
+    """The public vocabulary: verified, falsified, toy (reduced scale), inconclusive."""
+    if verdict.startswith("inconclusive"):
+        return "inconclusive"
+    if scale != "full":
+        return "toy"
+    return "verified" if verdict.startswith("holds") else "falsified"
