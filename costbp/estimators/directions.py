@@ -53,12 +53,12 @@ class Directions:
     def combine(self, weights: Tensor) -> Tensor:
         """sum_k weights_k z'_k [d] in the objective's buffer, summed in float32 or wider."""
         buffer, slices = self.objective.buffer, self.objective.slices
-        if self.dual is None and "dense" in vars(self):  # as rounded for the derivative
-            for start, stop, _ in slices.values():
-                rows = self.dense[:, start:stop].to(weights.dtype)
-                buffer[start:stop] = weights @ rows
-            return buffer
         scales, dual = weights.tolist(), self.dual or self.part
+        if self.dual is None and "dense" in vars(self):  # as rounded for the derivative
+            total = self.dense[0].to(weights.dtype) * scales[0]
+            for row, scale in zip(self.dense[1:], scales[1:], strict=True):
+                total.add_(row, alpha=scale)
+            return buffer.copy_(total)
         for name, (start, stop, _) in slices.items():
             total = dual(0, name).mul_(scales[0])
             for k, scale in enumerate(scales[1:], 1):

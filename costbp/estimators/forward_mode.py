@@ -28,10 +28,58 @@ PACKED = {"weight", "qweight", "packed_weight"}  # names of buffers that hold qu
 HALF = (torch.bfloat16, torch.float16)
 
 
-def has_tangent(x: Tensor | None) -> bool:
-    """Whether ``x`` carries a tangent now. Asking the tensor, not a list of parameter ids, also
-    answers for weights that are dequantised on the fly."""
-    return x is not None and fwad.unpack_dual(x).tangent is not None
+class FloorRules(TorchFunctionMode):
+    """Within this mode ``F.linear`` differentiates forward at its floor.
+
+    Args:
+        batched: whether tangents are batched by vmap, which knows no ``make_dual`` and so needs
+            the rule as a Function; that costs more Python than most small layers' arithmetic.
+    """
+
+    def __init__(self, *, batched: bool) -> None:
+        super().__init__()
+        self.batched = batched
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            x, w = args[:2]
+            b = args[2] if len(args) > 2 else kwargs.get("bias")
+            of = [None if t is None else fwad.unpack_dual(t).tangent for t in (x, w, b)]
+            if of[0] is not None or of[1] is not None:
+                return self._linear(x, w, b, of)
+        if func is F.scaled_dot_product_attention:
+            _notice_fused_attention()
+        result = func(*args, **kwargs)
+        if func is F.layer_norm and result.dtype in HALF:  # its tangent is float32 then
+            if self.batched:
+                return _SameDtype.apply(result)
+            primal, tangent = fwad.unpack_dual(result)
+            if tangent is not None:
+                return fwad.make_dual(primal, tangent.to(primal.dtype))
+        return result
+
+    def _linear(self, x: Tensor, w: Tensor, b: Tensor | None, of: list[Tensor | None]) -> Any:
+        if self.batched:
+            return _Linear.apply(x, w, b, tuple(tangent is not None for tangent in of))
+        x, w = fwad.unpack_dual(x).primal, fwad.unpack_dual(w).primal
+        value = F.linear(x, w, None if b is None else fwad.unpack_dual(b).primal)
+        return fwad.make_dual(value, _linear_tangent(x, w, *of).to(value.dtype))
+
+
+def _linear_tangent(
+    x: Tensor, w: Tensor, of_x: Tensor | None, of_w: Tensor | None, of_b: Tensor | None
+) -> Tensor:
+    """Tangent of ``x @ w.T + b`` from the tangents that exist: their products and no others."""
+    parts = []
+    if of_x is not None:
+        parts.append(F.linear(of_x.to(w.dtype), w))
+    if of_w is not None:
+        parts.append(F.linear(x, of_w.to(x.dtype)))
+    tangent = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    return tangent if of_b is None else tangent + of_b.to(tangent.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -50,20 +98,13 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_forward(x if ctx.live[1] else None, w if ctx.live[0] else None)
 
     @staticmethod
-    def jvp(ctx: Any, tx: Tensor, tw: Tensor, tb: Tensor, _: None) -> Tensor:
-        x, w = ctx.saved_tensors
-        of_x, of_w, of_b = ctx.live
-        parts = []
-        if of_x:
-            parts.append(F.linear(tx.to(w.dtype), w))
-        if of_w:
-            parts.append(F.linear(x, tw.to(x.dtype)))
-        tangent = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        return tangent + tb.to(tangent.dtype) if of_b else tangent
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        of = (t if live else None for t, live in zip(tangents, ctx.live, strict=False))
+        return _linear_tangent(*ctx.saved_tensors, *of)
 
 
 class _SameDtype(torch.autograd.Function):
-    """Identity whose tangent takes the primal's dtype: layer_norm's is float32 under bf16."""
+    """Identity whose tangent takes the primal's dtype."""
 
     generate_vmap_rule = True
 
@@ -80,27 +121,6 @@ class _SameDtype(torch.autograd.Function):
         return tangent.to(ctx.dtype)
 
 
-class FloorRules(TorchFunctionMode):
-    """Within this mode ``F.linear`` differentiates forward at its floor."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear:
-            x, w = args[:2]
-            b = args[2] if len(args) > 2 else kwargs.get("bias")
-            live = (has_tangent(x), has_tangent(w), has_tangent(b))
-            if live[0] or live[1]:
-                return _Linear.apply(x, w, b, live)
-        if func is F.scaled_dot_product_attention:
-            _notice_fused_attention()
-        result = func(*args, **kwargs)
-        if func is F.layer_norm and result.dtype in HALF:
-            result = _SameDtype.apply(result)
-        return result
-
-
 def directional_derivatives(
     objective: Objective, batch: Batch, tangents: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -115,22 +135,34 @@ def directional_derivatives(
     """
     _refuse_quantised(objective.module)
 
-    def derivative(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        result: Any = jvp(lambda theta: objective.at(theta, batch), (objective.theta,), (tangent,))
-        return result
+    one = len(tangents) == 1
 
     try:
         # the fused attention kernel has no forward rule
-        with torch.no_grad(), FloorRules(), sdpa_kernel(SDPBackend.MATH):
-            if len(tangents) == 1:
-                value, slope = derivative(tangents[0])
-                return value, slope.reshape(1)
-            axes: Any = (None, 0)  # one loss, a derivative per tangent
-            return vmap(derivative, out_dims=axes, randomness="same")(tangents)
+        with torch.no_grad(), FloorRules(batched=not one), sdpa_kernel(SDPBackend.MATH):
+            if one:
+                return _derivative(objective, batch, tangents[0])
+            return _derivatives(objective, batch, tangents)
     except (NotImplementedError, RuntimeError) as error:
         if re.search("forward AD|forward-mode|jvp|forward mode", str(error)) is None:
             raise
         raise UserError(_without_rule(objective.module, error)) from error
+
+
+def _derivative(objective: Objective, batch: Batch, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    with fwad.dual_level():
+        loss = objective.at(fwad.make_dual(objective.theta, tangent), batch)
+        value, slope = fwad.unpack_dual(loss)
+        return value, (torch.zeros_like(value) if slope is None else slope).reshape(1)
+
+
+def _derivatives(objective: Objective, batch: Batch, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    def one(tangent: Tensor) -> tuple[Tensor, Tensor]:
+        result: Any = jvp(lambda theta: objective.at(theta, batch), (objective.theta,), (tangent,))
+        return result
+
+    axes: Any = (None, 0)  # one loss, a derivative per tangent
+    return vmap(one, out_dims=axes, randomness="same")(tangents)
 
 
 @functools.cache
