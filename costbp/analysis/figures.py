@@ -147,6 +147,9 @@ def curve(plan: Plan, frames: Frames, x: str, y: str, x_label: str, y_label: str
             axis.axhline(majority[rows["task"].iloc[0]], color="0.5", lw=1, ls=":", zorder=0)
             axis.set_ylim(0, 1)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=8))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
 
     frame = _labelled(plan, frames.curves)
     frame = frame[frame["step"] > 0]

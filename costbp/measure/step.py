@@ -44,7 +44,7 @@ def forward_only(objective: Objective, batch: Batch) -> None:
 
 
 def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Key) -> StepCost:
-    """Count one estimate on one batch; theta and the estimator are left as they were.
+    """Count one estimate on one batch; theta is left as it was.
 
     Raises:
         ValueError: the forward pass runs no matrix product that could serve as the unit.
@@ -53,11 +53,8 @@ def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Ke
         forward_only(objective, batch)
     if not forward.flops:
         raise ValueError("the forward pass runs no matrix product: forward units are undefined")
-    trial = copy.deepcopy(estimator)  # so that what it remembers is not disturbed
-    if trial.phase(key.step) != trial.phase(0):
-        trial.estimate(objective, [batch], replace(key, step=0))
     with Meter([*objective.existing(), *batch.values()]) as step:
-        trial.estimate(objective, [batch], key)
+        estimator.estimate(objective, [batch], key)
     return StepCost(step.flops, forward.flops, step.peak)
 
 
@@ -68,6 +65,7 @@ class CostCounter:
     def __init__(self, estimator: Estimator) -> None:
         self.estimator = copy.deepcopy(estimator)  # never run itself: it remembers nothing
         self._known: dict[tuple[Any, ...], StepCost] = {}
+        self._begun: Estimator | None = None  # one that remembers a first step
 
     def __call__(self, objective: Objective, batches: Sequence[Batch], key: Key) -> StepCost:
         """Cost of step ``key.step`` on its ``batches``. Inner estimates run one after the other,
@@ -78,7 +76,8 @@ class CostCounter:
             shape = tuple(tuple(tensor.shape) for tensor in batch.values())
             known = (shape, estimator.phase(key.step))
             if known not in self._known:
-                self._known[known] = batch_cost(estimator, objective, batch, key)
+                trial = self._trial(objective, batch, key)
+                self._known[known] = batch_cost(trial, objective, batch, key)
             costs.append(self._known[known])
             flops += passes * costs[-1].flops
         held = self.estimator.scratch * objective.theta.nbytes
@@ -88,10 +87,20 @@ class CostCounter:
             peak_bytes=max(cost.peak_bytes for cost in costs) + held,
         )
 
+    def _trial(self, objective: Objective, batch: Batch, key: Key) -> Estimator:
+        """An estimator to count with: fresh for steps like the first, else one that has made it."""
+        fresh = copy.deepcopy(self.estimator.per_batch)
+        if fresh.phase(key.step) == fresh.phase(0):
+            return fresh
+        if self._begun is None:
+            fresh.estimate(objective, [batch], replace(key, step=0))
+            self._begun = fresh
+        return copy.deepcopy(self._begun)
+
 
 def median_seconds(run: Callable[[], Any], device: str = "cpu") -> float:
     """Median wall time of ``run()`` after one warm-up, with the device synchronised: seven calls,
-    or three where three take more than a second."""
+    or as many as fit into a second, at least one."""
 
     def once() -> float:
         if device != "cpu":
@@ -103,7 +112,7 @@ def median_seconds(run: Callable[[], Any], device: str = "cpu") -> float:
         return time.perf_counter() - start
 
     once()
-    times = [once() for _ in range(3)]
+    times = [once()]
     while len(times) < 7 and sum(times) < 1:
         times.append(once())
     return statistics.median(times)
