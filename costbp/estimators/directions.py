@@ -159,8 +159,9 @@ class Orthogonal(Source):
 
     def draw(self, objective: Objective, key: Key, count: int) -> Directions:
         _at_most_d(count, objective, "orthogonal")
-        dense = Directions(objective, count, independent(objective, key)).dense
-        frame, corner = torch.linalg.qr(dense.to(wide_dtype(dense.dtype)).T)
+        entries = independent(objective, key)
+        block = [torch.cat([entries(k, name) for name in objective.slices]) for k in range(count)]
+        frame, corner = torch.linalg.qr(torch.stack(block).T)
         # QR fixes the signs of R's diagonal arbitrarily; undoing that makes the frame uniform
         rows = (frame * corner.diagonal().sign() * math.sqrt(objective.d)).T
 

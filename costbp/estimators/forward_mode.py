@@ -144,7 +144,7 @@ def directional_derivatives(
                 return _derivative(objective, batch, tangents[0])
             return _derivatives(objective, batch, tangents)
     except (NotImplementedError, RuntimeError) as error:
-        if re.search("forward AD|forward-mode|jvp|forward mode", str(error)) is None:
+        if re.search("forward AD|forward-mode|jvp|forward mode|tried to vmap", str(error)) is None:
             raise
         raise UserError(_without_rule(objective.module, error)) from error
 
@@ -189,16 +189,18 @@ def _refuse_quantised(module: nn.Module) -> None:
 def _without_rule(module: nn.Module, error: BaseException) -> str:
     """What to tell the user: the innermost module at work when the operator was refused."""
     names = {id(child): name for name, child in module.named_modules()}
-    place, kind = "", type(module).__name__
+    place, kind, function = "", type(module).__name__, ""
     trace = error.__traceback__
     while trace is not None:
         owner = trace.tb_frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and id(owner) in names:
             place, kind = names[id(owner)], type(owner).__name__
+        applied = trace.tb_frame.f_locals.get("cls")
+        if isinstance(applied, type) and issubclass(applied, torch.autograd.Function):
+            function = applied.__name__.removesuffix("Generated")
         trace = trace.tb_next
-    text = str(error).splitlines()[0]
-    named = re.search(r"forward AD with (\S+)|autograd\.Function '?(\w+)|(\w+Backward\w*)", text)
-    operator = next(filter(None, named.groups()), "") if named else text
+    named = re.search(r"forward AD with (\S+) that", str(error))
+    operator = function or (named.group(1) if named else str(error).splitlines()[0])
     return (
         f"module '{place}' ({kind}): operator '{operator}' has no forward-mode rule; "
         "use BP or ZO for this model"

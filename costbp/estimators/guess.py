@@ -57,13 +57,18 @@ class LocalGuess(Estimator):
     ) -> Tensor:
         guess = wide(torch.zeros_like(objective.theta))
         relay = _Relay(found)
+        last = len(found) - 1
         for active in range(len(found)):
-            with relay.only(active):
+            wanted = {active, len(found)} if active == last else {active}
+            mine = [name for name in objective.slices if group_of[name] in wanted]
+            with relay.only(active), torch.set_grad_enabled(bool(mine)):
+                if not mine:  # only its hidden states are needed
+                    objective.value(batch)
+                    continue
                 _, gradient = objective.gradient(batch)
-            for name, (start, stop, _) in objective.slices.items():
-                outside = group_of[name] == len(found) and active == len(found) - 1
-                if group_of[name] == active or outside:
-                    guess[start:stop] = gradient[start:stop]
+            for name in mine:
+                start, stop, _ = objective.slices[name]
+                guess[start:stop] = gradient[start:stop]
         return guess
 
 
@@ -92,7 +97,8 @@ def _by_group(
 
 class _Relay:
     """Runs a model with one block active: the blocks before it hand on the hidden states of an
-    earlier pass, the blocks after it do nothing."""
+    earlier pass, the blocks after it do nothing. Where blocks of another class come first (the
+    vision tower of Qwen2-VL), those run, without a graph."""
 
     def __init__(self, found: Sequence[nn.Module]) -> None:
         self.found = found
@@ -102,9 +108,14 @@ class _Relay:
     @contextlib.contextmanager
     def only(self, active: int) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
+            kind = type(self.found[active])
+            if active and kind is not type(self.found[active - 1]):
+                self.states = self.extra = None
             for index, block in enumerate(self.found):
                 if index == active:
                     run = self._run(block.forward)
+                elif index < active and type(block) is not kind:
+                    run = torch.no_grad()(block.forward)
                 else:
                     run = self._skip
                 block.forward = run

@@ -77,15 +77,14 @@ class _Chain:
     def _again(self) -> list[Tensor | None]:
         kept: list[Tensor | None] = []
 
-        def keep(tensor: Tensor) -> Tensor:
-            kept.append(tensor.detach())
-            return tensor
+        def keep(tensor: Tensor) -> None:
+            kept.append(tensor.detach())  # this graph itself is never run backward
 
         entry = self.start.detach().requires_grad_(self.start.requires_grad)
         with (
             torch.enable_grad(),
             _restored(self.random),
-            saved_tensors_hooks(keep, lambda tensor: tensor),
+            saved_tensors_hooks(keep, lambda nothing: nothing),
         ):
             for forward, rest, kwargs in self.calls:
                 entry = _states(forward(entry, *rest, **kwargs))
