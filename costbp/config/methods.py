@@ -239,6 +239,17 @@ class MethodEntry(Entry):
 
     cosmetic: ClassVar[set[str]] = Entry.cosmetic | {"optimizer", "trials", "reference", "family"}
 
+    @model_validator(mode="after")
+    def _svrg_shares_directions(self) -> MethodEntry:
+        directions = getattr(self.estimator, "directions", None)
+        learns = isinstance(self.estimator, HessianInformedSpec | LocalGuessSpec)
+        if self.svrg and (learns or isinstance(directions, CalibratedDirections)):
+            raise ValueError(
+                "'svrg' subtracts two estimates along the same directions, and this estimator's "
+                "directions follow what it measures"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         identity = super().identity()
         if isinstance(self.estimator, PythonSpec):

@@ -246,7 +246,7 @@ class Plan(Strict):
         )
 
     def seeds(self, cell: Cell) -> tuple[int, ...]:
-        """The seeds of an experiment, of every block that names it."""
+        """The seeds of an experiment, of every block that names it; the study's if none does."""
         blocks = [
             block
             for block in self.study.experiments
@@ -256,7 +256,7 @@ class Plan(Strict):
             and cell.budget in block.budgets
         ]
         seeds = [seed for block in blocks for seed in block.seeds or self.study.seeds]
-        return tuple(dict.fromkeys(seeds))
+        return tuple(dict.fromkeys(seeds)) or self.study.seeds
 
     @property
     def runs(self) -> int:

@@ -7,6 +7,7 @@ direction source or memory plan is one entry of a table here or in its own modul
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -96,14 +97,18 @@ def _from_file(spec: PythonSpec) -> Estimator:
     Raises:
         UserError: the file has no such function, or that returns something else.
     """
-    found = importlib.util.spec_from_file_location(spec.file.stem, spec.file)
+    found = importlib.util.spec_from_file_location(f"costbp_file_{spec.file.stem}", spec.file)
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses look their module up
     found.loader.exec_module(module)
     build = getattr(module, spec.function, None)
     if build is None:
         raise UserError(f"{spec.file}: has no function '{spec.function}'")
-    estimator = build(**spec.options)
+    try:
+        estimator = build(**spec.options)
+    except TypeError as error:
+        raise UserError(f"{spec.file}: {error}") from error
     if not isinstance(estimator, Estimator):
         raise UserError(
             f"{spec.file}: {spec.function}() must return a costbp.estimators.Estimator, not "

@@ -42,7 +42,7 @@ class Calibrated(Source):
     use: Literal["scale", "largest", "smallest"]
     scales: Tensor | None = field(default=None, init=False)
     kept: Tensor | None = field(default=None, init=False)
-    at: int = field(default=-1, init=False)
+    key: Key | None = field(default=None, init=False)  # of the last calibration
 
     @property
     def cycle(self) -> int:
@@ -56,9 +56,9 @@ class Calibrated(Source):
         return {name: place // self.group for place, name in enumerate(objective.slices)}
 
     def update(self, objective: Objective, key: Key, probe: Probe) -> None:
-        if key.step == self.at or not (self.phase(key.step) or self.scales is None):
+        if key == self.key or not (self.phase(key.step) or self.scales is None):
             return
-        self.at = key.step
+        self.key = key
         group_of = self.groups(objective)
         derivatives = torch.stack(
             [
@@ -99,7 +99,7 @@ class Calibrated(Source):
                 lambda k, name: plain(k, name).mul_(scales[group_of[name]]),
                 lambda k, name: plain(k, name).div_(scales[group_of[name]]),
             )
-        if key.step != self.at:
+        if key != self.key:
             return Directions(objective, count, plain)
         kept, expected = self.kept.tolist(), extreme_of_squares(self.candidates, self.use)
 
@@ -117,8 +117,8 @@ class Calibrated(Source):
     def state_dict(self) -> dict[str, Tensor]:
         if self.scales is None or self.kept is None:
             return {}
-        return {"scales": self.scales, "kept": self.kept, "at": torch.tensor(self.at)}
+        return {"scales": self.scales, "kept": self.kept}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state:
-            self.scales, self.kept, self.at = state["scales"], state["kept"], int(state["at"])
+            self.scales, self.kept = state["scales"], state["kept"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -126,11 +126,11 @@ class SVRG(Wrapper):
             self.snapshot, self.mu = objective.theta.clone(), estimate.gradient.clone()
             return estimate
         assert self.snapshot is not None and self.mu is not None, "no snapshot before this step"
+        here = self.inner.estimate(objective, batches, key)  # first: masks follow theta, not w_s
+        gradient = here.gradient.clone()
         with objective.moved(self.snapshot):
-            there = self.inner.estimate(objective, batches, key).gradient.clone()
-        here = self.inner.estimate(objective, batches, key)
-        here.gradient.sub_(there).add_(self.mu)
-        return here
+            gradient.sub_(self.inner.estimate(objective, batches, key).gradient)
+        return replace(here, gradient=objective.buffer.copy_(gradient.add_(self.mu)))
 
     def state_dict(self) -> dict[str, Tensor]:
         own = {"snapshot": self.snapshot, "mu": self.mu}

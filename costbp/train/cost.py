@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from costbp.config.study import Plan
+from costbp.config.study import Cell, Plan
 from costbp.estimators.memory_plans import blocks
 from costbp.files import write_json
 from costbp.measure.step import StepCost, forward_only, median_seconds
@@ -44,8 +44,9 @@ def measure_costs(
 
 
 def _measure(plan: Plan, model: str, task: str, method: str) -> dict[str, Any]:
-    cell = next(c for c in plan.cells() if (c.model, c.task, c.method) == (model, task, method))
-    spec = plan.spec(cell, seed=0)
+    budgets = [c.budget for c in plan.cells() if (c.model, c.task) == (model, task)]
+    budget = next(iter(budgets or plan.catalog.budgets))
+    spec = plan.spec(Cell(model, task, method, budget), seed=0)
     data = load_prepared(prepare(plan, model, task))
     assets = plan.study.paths.cache / "assets"
     module = build_model(spec.model, len(data.names), assets, 0, data.width)

@@ -139,7 +139,7 @@ def run(one: Run, folder: Path, stop: Stop, *, test: bool) -> Record:
         ) from None
     except (torch.OutOfMemoryError, MemoryError) as error:
         outcome, message = "out_of_memory", _first_line(error)
-    except ValueError as error:
+    except (UserError, ValueError) as error:
         outcome, message = "failed", _first_line(error)
     except Exception as error:
         traceback.print_exc()
