@@ -61,9 +61,24 @@ def test_record_schema_and_steps(plan):
     assert sorted(p.name for p in folder.iterdir()) == [".lock", RECORD, STEPS]
 
 
-@pytest.mark.parametrize("method", ["bp_checkpointing", "zo_vanilla"])
+def soon(method):
+    """Snapshots, masks and calibrations before and after the stop at step 17."""
+    text = method.model_dump(mode="json")
+    if text["svrg"]:
+        text["svrg"] = {"period": 7, "snapshot_batches": 2}
+    directions = text["estimator"].get("directions", {})
+    for key in {"refresh", "every"} & set(directions):
+        directions[key] = 11
+    return type(method).model_validate(text)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["bp_checkpointing", "zo_vanilla", "zo_svrg", "fmad_sparse", "zo_adaptive", "lozo", "hizoo"],
+)
 def test_stop_and_resume_is_bit_equal(plan, method):
     spec = plan.spec(Cell("tiny_lora", "docstrings", method, "units_96"), 0)
+    spec = spec.model_copy(update={"method": soon(spec.method)})
     whole = prepared_run(plan, spec)
     whole.train(lambda progress: None)
 

@@ -1,0 +1,210 @@
+"""What the documentation shows runs as it stands there, and its tables say what the code does."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from costbp.cli import app
+from costbp.config import Cell, MethodEntry, load_plan
+from costbp.errors import UserError
+from costbp.estimators import build_estimator
+from costbp.models.build import Head
+from costbp.objective import Key, Objective
+from costbp.tasks import docstrings
+from costbp.tasks.base import SPLITS
+from costbp.theory.cost import forward_units
+from costbp.theory.variance import relative_error
+from costbp.train.loop import cross_entropy
+from costbp.train.record import read_record
+from tests.conftest import ROOT
+from tests.small import reference
+
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(?:yaml|python)\n# (\S+)\n(.*?)^```$", re.M | re.S)
+EXAMPLE = Path("my_methods/one_tensor.py")
+STUDY = Path("config/studies/my_methods.yaml")
+
+
+def blocks() -> list[tuple[Path, str]]:
+    """The page's files: (path, content); a path that occurs again is added to."""
+    return [
+        (Path(path), text) for path, text in BLOCK.findall((DOCS / "add-a-method.md").read_text())
+    ]
+
+
+@pytest.fixture
+def example(workdir):
+    """A working copy in which the page's files have been written."""
+    for path, text in blocks():
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as stream:
+            stream.write("\n" + text)
+    return workdir
+
+
+def method(**changes) -> MethodEntry:
+    """The example's entry, with other keys of its estimator."""
+    entry = load_plan([STUDY]).catalog.methods["fmad_one_tensor"]
+    return entry.model_copy(update={"estimator": entry.estimator.model_copy(update=changes)})
+
+
+# --- adding a method ---------------------------------------------------------------------------
+
+
+def test_a_method_of_ones_own_takes_fewer_than_30_lines():
+    code = dict(blocks())[EXAMPLE]
+    assert 10 < len(code.splitlines()) + 1 < 30  # with the line that names the file
+
+
+def prepared(plan, width=64):
+    """Random features where a run looks for prepared ones: reading and encoding takes seconds."""
+    path = plan.prepared("tiny_head", "docstrings")
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    tensors = {}
+    for name in SPLITS:
+        tensors[f"{name}.values"] = torch.randn(64, width)
+        tensors[f"{name}.labels"] = torch.randint(0, 4, (64,))
+    facts = {"names": list(docstrings.NAMES), "majority": dict.fromkeys(SPLITS, 0.25)}
+    save_file(tensors, path, metadata={"facts": json.dumps(facts)})
+
+
+def test_the_page_is_valid_and_its_methods_train(example, costbp):
+    done = costbp("validate", "-c", str(STUDY))
+    assert done.returncode == 0, done.stderr
+    assert "4 experiments, 8 runs, valid" in done.stdout
+    plan = load_plan([STUDY])
+    prepared(plan)
+    for name, steps in (("fmad_one_tensor", 133), ("fmad_orthogonal_32", 11)):
+        cell = Cell("tiny_head", "docstrings", name, "units_400")
+        words = [f"--{key}={value}" for key, value in cell._asdict().items()]
+        app(["train", "-c", str(STUDY), *words, "--seed", "0"], standalone_mode=False)
+        record = read_record(plan.spec(cell, 0).folder(plan.study.paths.store))
+        assert record.outcome == "completed"
+        assert record.summary.steps == steps
+        units = forward_units(plan.catalog.methods[name])
+        assert record.summary.forward_units == units * steps
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_example_is_unbiased_with_the_stated_error(example, count):
+    torch.manual_seed(0)
+    objective = Objective(Head(3, 4).double(), cross_entropy)
+    data = {"features": torch.randn(5, 3).double(), "labels": torch.tensor([0, 1, 2, 3, 0])}
+    _, gradient = reference(objective, data)
+    square, tensors = float(gradient @ gradient), list(objective.slices.values())
+    parts = [(b - a, float(gradient[a:b] @ gradient[a:b])) for a, b, _ in tensors]
+    if count == 1:  # S = T sum_j (d_j + 2) |g_j|^2 / |g|^2, since each tensor has its turn 1 in T
+        second = len(parts) * sum((size + 2) * own for size, own in parts) / square
+        expected = relative_error(second, 1) * square
+    else:  # each tensor once
+        expected = sum((size + 1) * own for size, own in parts)
+    estimator, keys = build_estimator(method(options={"count": count})), 400
+    rows = torch.stack(
+        [
+            estimator.estimate(objective, [data], Key(seed, 3)).gradient.clone()
+            for seed in range(keys)
+        ]
+    )
+    errors = (rows - gradient).square().sum(1)
+    assert abs(float(errors.mean()) - expected) < 5 * float(errors.std()) / math.sqrt(keys)
+    # |mean - g|^2 is expected / keys on average, with about d degrees of freedom
+    assert float((rows.mean(0) - gradient).square().sum()) < 3 * expected / keys
+    assert 12 * expected / keys < square  # so that half or twice g would not pass
+
+
+def test_a_changed_file_is_another_run(example):
+    def hashes():
+        plan = load_plan([STUDY])
+        return {cell.method: plan.spec(cell, 0).hash for cell in plan.cells()}
+
+    before, text = hashes(), EXAMPLE.read_text()
+    EXAMPLE.write_text(text + "# another line\n")
+    changed = {name for name, value in hashes().items() if value != before[name]}
+    assert changed == {"fmad_one_tensor"}
+    EXAMPLE.write_text(text)
+    assert hashes() == before
+
+
+def test_a_missing_file_is_one_line(example, costbp):
+    EXAMPLE.unlink()
+    done = costbp("validate", "-c", str(STUDY))
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert f"fmad_one_tensor.estimator.file = '{EXAMPLE}': there is no file" in line
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("bild", "has no function 'bild'"),
+        ("list", "list() must return a costbp.estimators.Estimator, not list"),
+    ],
+)
+def test_a_function_that_builds_no_estimator_is_one_line(example, function, words):
+    with EXAMPLE.open("a") as stream:
+        stream.write("\nfrom builtins import list\n")
+    with pytest.raises(UserError, match=re.escape(f"{EXAMPLE}: {words}")) as caught:
+        build_estimator(method(function=function, options={}))
+    assert "\n" not in str(caught.value)
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """Cells of the first table below a heading."""
+    text = (DOCS / page).read_text().split(f"\n{heading}\n")[1]
+    lines = re.search(r"^\|.*?(?=\n\n|\Z)", text, re.M | re.S).group().splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_table_of_methods_is_complete_and_its_units_are_the_closed_form(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    catalog = load_plan().catalog.methods
+    table = {row[0].strip("`"): row for row in rows("methods.md", "## Methods")}
+    assert list(table) == list(catalog)
+    for name, entry in catalog.items():
+        for tensors, layers in ((1, 1), (26, 6), (7, 2)):
+            shown = table[name][2].replace("×", "*")
+            value = eval(shown, {"ceil": math.ceil, "T": tensors, "L": layers})
+            assert value == pytest.approx(forward_units(entry, tensors, layers)), name
+
+
+def test_every_key_and_choice_of_a_method_is_documented():
+    text = (DOCS / "config.md").read_text().split("### `methods.yaml`")[1].split("\n### ")[0]
+    schema = json.loads((ROOT / "workflow/schemas/methods.schema.json").read_text())
+    words = set()
+    for part in schema["$defs"].values():
+        for key, value in part["properties"].items():
+            words |= {key, *value.get("enum", []), value.get("const", key)}
+    words -= {"label", "citation", "notes"}  # those of every entry
+    assert [word for word in sorted(words) if f"`{word}`" not in text.replace(": ", "` `")] == []
+
+
+# --- links -------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        linked = (page.parent / path) if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
