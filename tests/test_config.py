@@ -64,6 +64,95 @@ def test_mistakes(workdir, file, old, new, words):
         assert word in message, message
 
 
+EXACT = {"kind": "exact"}
+CENTRAL = {"kind": "central", "eps": 1e-3}
+ONE = {"kind": "gaussian", "count": 1}
+SVRG = {"svrg": {"period": 5, "snapshot_batches": 2}}
+
+
+def projected(oracle=EXACT, directions=ONE, **options):
+    return {
+        "estimator": {"kind": "projected", "oracle": oracle, "directions": directions} | options
+    }
+
+
+def sparse(**options):
+    return projected(directions={"kind": "sparse", "fraction": 0.1, "refresh": 5} | options)
+
+
+def low_rank(**options):
+    return projected(directions={"kind": "low_rank", "rank": 2} | options)
+
+
+def calibrated(**options):
+    return projected(directions={"kind": "calibrated", "every": 5} | options)
+
+
+def backprop(**options):
+    return {"estimator": {"kind": "backprop"} | options}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (projected(directions=ONE | {"count": 0}), ["directions.count = 0", "greater than or equal to 1"]),
+        (projected(directions=ONE | {"count": 1.5}), ["directions.count = 1.5", "integer"]),
+        (projected(EXACT | {"chunk": 0}), ["oracle.chunk = 0", "greater than or equal to 1"]),
+        (projected(CENTRAL | {"eps": 0}), ["oracle.eps = 0", "greater than 0"]),
+        (projected(CENTRAL | {"eps": -1e-3}), ["oracle.eps = -0.001", "greater than 0"]),
+        (projected({"kind": "one_sided", "eps": 0}), ["oracle.eps = 0", "greater than 0"]),
+        (projected(CENTRAL | {"batched": "allways"}), ["oracle.batched = 'allways'", "did you mean 'always'"]),
+        (projected({"kind": "centrel"}), ["oracle = 'centrel'", "did you mean 'central'"]),
+        (projected(EXACT | {"eps": 1e-3}), ["unknown key", "oracle.eps", "allowed: chunk, kind"]),
+        (projected(directions={"kind": "gausian"}), ["directions = 'gausian'", "did you mean 'gaussian'"]),
+        (projected(directions={"kind": "lowrank"}), ["directions = 'lowrank'", "did you mean 'low_rank'"]),
+        (projected(directions=ONE | {"rank": 2}), ["unknown key", "directions.rank", "allowed: count, kind"]),
+        (sparse(fraction=0), ["directions.fraction = 0", "greater than 0"]),
+        (sparse(fraction=1.01), ["directions.fraction = 1.01", "less than or equal to 1"]),
+        (sparse(refresh=0), ["directions.refresh = 0", "greater than or equal to 1"]),
+        (low_rank(rank=0), ["directions.rank = 0", "greater than or equal to 1"]),
+        (low_rank(refresh=0), ["directions.refresh = 0", "greater than or equal to 1"]),
+        (calibrated(every=0), ["directions.every = 0", "greater than or equal to 1"]),
+        (calibrated(candidates=0), ["directions.candidates = 0", "greater than or equal to 1"]),
+        (calibrated(use="scales"), ["directions.use = 'scales'", "did you mean 'scale'"]),
+        (projected(scale="legacy"), ["scale 'legacy' multiplies by eps", "oracle 'exact'"]),
+        (projected(scale="spread"), ["scale 'spread' needs directions.count >= 2"]),
+        (projected(CENTRAL, scale="spred"), ["scale = 'spred'", "did you mean 'spread'"]),
+        (projected(clip=0), ["clip = 0", "greater than 0"]),
+        (backprop(mebibytes=8), ["'mebibytes' goes with plan 'byte_budget'"]),
+        (backprop(plan="byte_budget"), ["'mebibytes' goes with plan 'byte_budget'"]),
+        (backprop(plan="byte_budget", mebibytes=0), ["mebibytes = 0", "greater than 0"]),
+        (backprop(plan="per_blok"), ["plan = 'per_blok'", "did you mean 'per_block'"]),
+        ({"svrg": {"period": 0, "snapshot_batches": 8}}, ["svrg.period = 0", "greater than or equal to 1"]),
+        ({"svrg": {"period": 5, "snapshot_batches": 0}}, ["svrg.snapshot_batches = 0"]),
+        ({"svrg": {"period": 5}}, ["svrg.snapshot_batches' is missing"]),
+        (calibrated() | SVRG, ["'svrg' subtracts two estimates along the same directions"]),
+        ({"estimator": {"kind": "hessian_informed"}} | SVRG, ["'svrg' subtracts two estimates"]),
+        ({"estimator": {"kind": "local_guess"}} | SVRG, ["'svrg' subtracts two estimates"]),
+        ({"accumulate": 0}, ["accumulate = 0", "greater than or equal to 1"]),
+        ({"clip": {"norm": 0}}, ["clip.norm = 0", "greater than 0"]),
+        ({"sign": "maybe"}, ["sign = 'maybe'", "boolean"]),
+        ({"estimator": {"kind": "hessian_informed", "smoothing": 0}}, ["estimator.smoothing = 0"]),
+        ({"estimator": {"kind": "local_guess", "oracle": {"kind": "central"}}}, ["oracle.kind = 'central'", "allowed: exact"]),
+        ({"estimator": {"kind": "python", "file": "missing.py"}}, ["there is no file missing.py"]),
+        ({"estimator": {"kind": "backprob"}}, ["estimator = 'backprob'", "did you mean 'backprop'"]),
+        ({"accumulat": 4}, ["unknown key 'methods.zo_vanilla.accumulat'", "did you mean 'accumulate'"]),
+    ],
+    ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_mistakes_in_a_method(workdir, change, words):
+    path = workdir / "config/catalog/methods.yaml"
+    data = yaml.safe_load(path.read_text())
+    data["zo_vanilla"] |= change
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(UserError) as caught:
+        load_plan()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in ["methods.yaml", "zo_vanilla", *words]:
+        assert word in message, message
+
+
 def test_blame_falls_on_the_overlay(workdir):
     overlay = workdir / "mine.yaml"
     overlay.write_text("study: mine\nseeds: [zero]\n")

@@ -81,17 +81,23 @@ def _fields_at(model: type[BaseModel], loc: Loc) -> list[str]:
     """The keys allowed at ``loc``, found by walking the models' annotations."""
     models: list[type[BaseModel]] = [model]
     for part in loc:
+        tagged = [m for m in models if "kind" in m.model_fields and _may_be(m, part)]
+        if tagged:  # a union's tag, which is no key of the file
+            models = tagged
+            continue
         reached: list[type[BaseModel]] = []
         for candidate in models:
             field = candidate.model_fields.get(str(part))
             if field is not None:
                 reached += _models_in(field.annotation)
-            elif isinstance(part, int) or candidate.__name__.lower().startswith(str(part)):
-                reached.append(candidate)
-            else:  # a dictionary's key or a union's tag: stay
+            else:  # a dictionary's key or a list's place: stay
                 reached.append(candidate)
         models = reached
     return sorted({name for candidate in models for name in candidate.model_fields})
+
+
+def _may_be(model: type[BaseModel], kind: int | str) -> bool:
+    return kind in get_args(model.model_fields["kind"].annotation)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
