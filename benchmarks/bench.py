@@ -42,7 +42,7 @@ class Size:
     shapes: tuple[tuple[int, int], ...] = ((1, 64), (8, 64))
     small: tuple[int, int] = (1, 16)
     large: tuple[int, int] = (8, 32)
-    seconds: float = 4.0
+    seconds: float = 3.0
     least: int = 3
     judged: bool = True
 
@@ -50,7 +50,7 @@ class Size:
 FULL = Size()
 QUICK = Size(
     hidden=128,
-    layers=3,
+    layers=2,
     heads=4,
     vocabulary=128,
     shapes=((2, 8),),

@@ -22,7 +22,7 @@ from costbp.console import table
 from costbp.files import atomic, write_text
 
 PANELS = {"units": FLOPS, "times": TIME, "peak": PEAK}
-TICKS = (0.5, 1, 2, 4, 8, 16, 32, 64)
+TICKS = tuple(2**power for power in range(9))
 
 
 def print_costs(results: Results) -> None:
@@ -114,7 +114,8 @@ def _plot(results: Results) -> Any:
     frame["quantity"] = frame["quantity"].map(PANELS)
     methods = list(dict.fromkeys(wide["method"]))
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.3)
-    grid = sns.FacetGrid(frame, col="quantity", height=1.6 + 0.38 * len(methods), aspect=0.75)
+    height = 1.6 + 0.38 * len(methods)  # inches
+    grid = sns.FacetGrid(frame, col="quantity", sharex=False, height=height, aspect=0.75)
     grid.map_dataframe(
         sns.stripplot,
         x="ratio",
