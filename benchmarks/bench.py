@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from benchmarks.rows import FLOPS, PEAK, TIME, Check, Cost, Kind, Results
 from benchmarks.today import switch_checkpointing_on
 from costbp.estimators.base import Estimator
 from costbp.measure.meter import Meter
-from costbp.measure.step import forward_only
-from costbp.models.families import FAMILIES, cross_entropy, family_batch, family_model
+from costbp.measure.step import forward_only, wall_seconds
+from costbp.models.families import FAMILIES, family_batch, family_model
+from costbp.models.loss import cross_entropy
 from costbp.objective import Batch, Key, Objective
 
 Run = Callable[[], object]
@@ -108,19 +107,9 @@ def interleaved(runs: Mapping[str, Run], budget: float, least: int, device: str)
     start, done = time.perf_counter(), 0
     while done < least or time.perf_counter() - start < budget:
         for name in list(runs) if done % 2 == 0 else reversed(list(runs)):
-            rounds.seconds[name].append(_seconds(runs[name], device))
+            rounds.seconds[name].append(wall_seconds(runs[name], device))
         done += 1
     return rounds
-
-
-def _seconds(run: Run, device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @dataclass

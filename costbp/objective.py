@@ -51,6 +51,16 @@ class Key:
         return torch.Generator(device).manual_seed(self.number)
 
 
+def _drops_out(module: nn.Module) -> bool:
+    """Whether a module draws a mask in training: by ``nn.Dropout``, or by a rate of its own that
+    it hands to the functional form, as OPT's and Llama's attention do."""
+    return any(
+        isinstance(value, float) and value > 0
+        for name, value in vars(module).items()
+        if "dropout" in name or (name == "p" and isinstance(module, nn.Dropout))
+    )
+
+
 class Objective:
     """A module's loss as a function of its trainable parameters.
 
@@ -87,6 +97,7 @@ class Objective:
             start = stop
         self._names = {id(parameter): name for name, parameter in named}
         self._noise: int | None = None
+        self._random = [m for m in module.modules() if _drops_out(m)]
 
     def existing(self) -> list[Tensor]:
         """Every tensor that is there before a step: parameters, buffers, theta, the gradient."""
@@ -112,13 +123,7 @@ class Objective:
 
     def _has_dropout(self) -> bool:
         """Whether a forward pass would draw random numbers now."""
-        return any(
-            isinstance(value, float) and value > 0
-            for module in self.module.modules()
-            if module.training
-            for name, value in vars(module).items()
-            if "dropout" in name or (name == "p" and isinstance(module, nn.Dropout))
-        )
+        return any(module.training for module in self._random)
 
     def _seed(self) -> None:
         if self._noise is not None:

@@ -98,6 +98,49 @@ def test_variants_against_their_baselines(plan):
     assert len(reading.supporting) == 1 and not reading.opposing and not reading.undecided
 
 
+def test_the_gap_is_taken_where_all_runs_have_been(plan):
+    small = frames(
+        {"bp_checkpointing": [0.9], "fmad_vanilla": [0.8]},
+        {"bp_checkpointing": 0.8, "fmad_vanilla": 0.6},
+    )
+    large = frames(
+        {"bp_checkpointing": [0.9], "fmad_vanilla": [0.3]},
+        {"bp_checkpointing": 0.8, "fmad_vanilla": 0.2},
+    )
+    parts = {"minilm_head": (small, 10), "minilm_lora": (large, 99)}
+    runs = pd.concat([f.runs.assign(model=m, d=d) for m, (f, d) in parts.items()])
+    curves = pd.concat([f.curves.assign(model=m) for m, (f, _) in parts.items()])
+    # the large FmAD run ends early, at 200 of 400 units
+    late = (curves["model"] == "minilm_lora") & (curves["method"] == "fmad_vanilla")
+    data = Frames(runs, curves[~(late & (curves["forward_units"] > 200))], pd.DataFrame())
+    reading = readings.gap_grows_with_d(plan, data, claim(plan, "scale"))
+    assert reading.supporting == ["fmad_vanilla on trec: 10.0 -> 30.0 points at 200 units"]
+    assert reading.value == pytest.approx(20)
+
+
+def test_cost_readings_compare_models_that_run_their_encoder(plan):
+    rows = [
+        ("minilm_lora", "bp_checkpointing", 300, 20, 32),
+        ("minilm_lora", "bp_vanilla", 200, 90, 32),
+        ("minilm_lora", "fmad_vanilla", 200, 40, 32),
+        ("minilm_lora", "zo_multiple", 1600, 5, 32),
+        ("minilm_head", "bp_checkpointing", 1, 1, 0),
+        ("minilm_head", "zo_multiple", 8, 9, 0),
+    ]
+    costs = pd.DataFrame(rows, columns=["model", "method", "flops", "peak_bytes", "seq"])
+    data = Frames(pd.DataFrame(), pd.DataFrame(), costs.assign(task="trec", state_bytes=0))
+    flops = readings.flops_per_step(plan, data, claim(plan, "compute_per_step"))
+    assert flops.value == pytest.approx(1600 / 300)
+    assert flops.measured == "0.67x to 5.33x"
+    assert [len(flops.supporting), len(flops.opposing)] == [1, 1]
+    memory = readings.memory_comparable(plan, data, claim(plan, "memory"))
+    assert memory.value == pytest.approx(4)  # tolerance 1.5
+    assert "fmad_vanilla" in memory.supporting[0] and "zo_multiple" in memory.opposing[0]
+    least = readings.zo_needs_least_memory(plan, data, claim(plan, "mezo_checkpoint"))
+    assert least.measured == "BP-Checkpointing needs 4.00x to 4.00x"
+    assert least.verdict == "holds here"
+
+
 def test_a_method_that_learnt_nothing_settles_nothing(plan):
     data = frames(
         {"bp_checkpointing": [0.9], "fmad_vanilla": [0.2]},
@@ -147,6 +190,7 @@ def test_accuracy_at_units(plan):
     data = frames({"bp_checkpointing": [0.9]}, {"bp_checkpointing": 0.6})
     assert at_units(data.curves, 100)["accuracy"].tolist() == pytest.approx([0.3])
     assert at_units(data.curves, 1e9)["accuracy"].tolist() == pytest.approx([0.6])
+    assert at_units(data.curves[data.curves["step"] > 0], 100).empty
 
 
 def test_unknown_reading_is_named(tmp_path):

@@ -26,7 +26,7 @@ def edit(path: Path, old: str, new: str) -> None:
         ("config.yaml", "- bp_vanilla", "- bp_vanila", ["methods[0]", "'bp_vanila'", "did you mean 'bp_vanilla'"]),
         ("config.yaml", "[minilm_lora]", "[minilm_lore]", ["models[0]", "did you mean 'minilm_lora'"]),
         ("config.yaml", "[movie_reviews]", "[movie_review]", ["tasks[0]", "did you mean 'movie_reviews'"]),
-        ("config.yaml", "[units_280]", "[units_2800]", ["budgets[0]", "allowed: units_"]),
+        ("config.yaml", "[units_240]", "[units_2400]", ["budgets[0]", "allowed: units_"]),
         ("config.yaml", "seeds:", "sedes:", ["unknown key 'sedes'", "did you mean 'seeds'"]),
         ("config.yaml", "seeds: [0, 1, 2]", "seeds: []", ["seeds"]),
         ("config.yaml", "diverged_at: 10", "diverged_at: ten", ["evaluation.diverged_at", "'ten'"]),

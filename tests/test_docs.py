@@ -17,12 +17,12 @@ from costbp.config import Cell, MethodEntry, load_plan
 from costbp.errors import UserError
 from costbp.estimators import build_estimator
 from costbp.models.build import Head
+from costbp.models.loss import cross_entropy
 from costbp.objective import Key, Objective
 from costbp.tasks import docstrings
 from costbp.tasks.base import SPLITS
 from costbp.theory.cost import forward_units
 from costbp.theory.variance import relative_error
-from costbp.train.loop import cross_entropy
 from costbp.train.record import read_record
 from tests.conftest import ROOT
 from tests.small import reference

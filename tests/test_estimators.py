@@ -18,8 +18,8 @@ from costbp.estimators.oracles import Central, Exact
 from costbp.estimators.projected import Projected
 from costbp.estimators.variance import Accumulate
 from costbp.models.build import build_model
+from costbp.models.loss import cross_entropy
 from costbp.objective import Key, Objective
-from costbp.train.loop import cross_entropy
 from tests.conftest import ROOT, Lift64
 from tests.small import reference
 

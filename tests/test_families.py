@@ -16,7 +16,8 @@ from costbp.estimators.oracles import Central, Exact, OneSided
 from costbp.estimators.projected import Projected
 from costbp.measure.meter import Meter
 from costbp.models.families import FAMILIES
-from costbp.objective import Key
+from costbp.models.loss import cross_entropy
+from costbp.objective import Key, Objective
 from tests.conftest import Lift64
 from tests.small import in_dtype, reference, tiny
 
@@ -125,6 +126,23 @@ def test_one_dropout_mask_serves_an_estimate(family):
     with objective.noise(KEY.at(1)):
         other, _ = reference(objective, data)
     assert distance(other, loss) > 1e-6  # the masks do matter here
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_dropout_by_a_rate_of_the_module_s_own_is_shared_too(family):
+    """Their blocks hand a float to the functional form; no ``nn.Dropout`` is there to be seen."""
+    module = tiny(family)[0].module
+    for part in module.modules():
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(vars(part).get(name), float):
+                setattr(part, name, 0.3)
+    objective, data = Objective(module, cross_entropy), tiny(family)[1]
+    with objective.noise(KEY):
+        loss, again = (reference(objective, data)[0] for _ in range(2))
+    with objective.noise(KEY.at(1)):
+        other, _ = reference(objective, data)
+    assert torch.equal(loss, again)
+    assert distance(other, loss) > 1e-6
 
 
 # --- memory plans ------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from costbp.estimators.variance import Accumulate
 from costbp.measure.meter import Meter
 from costbp.measure.step import CostCounter
 from costbp.models.build import Head, build_model
+from costbp.models.loss import cross_entropy
 from costbp.objective import Key, Objective
 from costbp.theory.cost import forward_units
-from costbp.train.loop import cross_entropy
 from tests.conftest import ROOT
 
 UNITS = {  # products of one linear layer whose input needs no gradient, by step

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,13 +24,26 @@ from costbp.train.devices import device_slot, first_free
 from costbp.train.experiment import Stop, run_specs
 from costbp.train.loop import Run
 from costbp.train.record import RECORD, STEPS, Record, Summary, read_record
+from tests.conftest import working_copy
 
 HEAD = Cell("tiny_head", "docstrings", "fmad_multiple", "units_400")
 SMOKE = Path("config/studies/smoke.yaml")
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The cache with both pairs of the smoke study, which take seconds to read."""
+    folder = working_copy(tmp_path_factory.mktemp("prepared"))
+    with contextlib.chdir(folder):
+        plan = load_plan([SMOKE])
+        for model in ("tiny_lora", "tiny_head"):
+            prepare(plan, model, "docstrings")
+    return folder / "cache"
+
+
 @pytest.fixture
-def plan(workdir):
+def plan(workdir, prepared):
+    shutil.copytree(prepared, workdir / "cache")
     return load_plan([SMOKE])
 
 

@@ -104,12 +104,15 @@ def load(folder: Path) -> Frames:
 
 
 def at_units(curves: pd.DataFrame, units: float) -> pd.DataFrame:
-    """Validation accuracy of each run at ``units`` forward units, linear between evaluations."""
+    """Validation accuracy of each run at ``units`` forward units, linear between evaluations; a run
+    that was first evaluated later is left out."""
     rows = []
     for names, curve in curves.groupby([*CELL, "seed"], sort=False):
         curve = curve.sort_values("forward_units")
         inside = curve[curve["forward_units"] <= units]
         after = curve[curve["forward_units"] > units]
+        if inside.empty:
+            continue
         accuracy = inside["validation_accuracy"].iloc[-1]
         if len(after):
             x0, x1 = inside["forward_units"].iloc[-1], after["forward_units"].iloc[0]

@@ -7,6 +7,7 @@ undecided where seeds overlap or where a method learnt nothing that could be com
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -162,29 +163,43 @@ def flops_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Reading:
     return reading
 
 
-def _cost_pairs(plan: Plan, frames: Frames) -> Iterator[tuple[str, Any, Any]]:
-    """(name, reference, other) rows of the cost table, models that run more than a head."""
-    reference = reference_method(plan)
+def _compare_costs(
+    plan: Plan,
+    frames: Frames,
+    reading: Reading,
+    ratio: Callable[[Any, Any], float],
+    supports: Callable[[float], bool],
+    words: str = "{}",
+    families: tuple[str, ...] = ("fmad", "zo"),
+) -> Reading:
+    """File ``ratio(reference, other)`` of the cost table's rows for every method of ``families``,
+    on models that run more than a head."""
+    reference, found = reference_method(plan), []
     for (model, task), group in frames.costs.groupby(["model", "task"], sort=False):
-        rows = {row.method: row for row in group.itertuples()}
+        rows = {str(row.method): row for row in group.itertuples()}
         for method, row in rows.items():
-            if plan.catalog.methods[str(method)].family != "bp" and reference in rows and row.seq:
-                yield f"{method} on {model}/{task}", rows[reference], row
+            if plan.catalog.methods[method].family in families and reference in rows and row.seq:
+                found.append(ratio(rows[reference], row))
+                name = f"{method} on {model}/{task}: {found[-1]:.2f}x"
+                reading.sort(name, supports(found[-1]))
+    if found:
+        reading.value = max(found)
+        reading.measured = words.format(f"{min(found):.2f}x to {max(found):.2f}x")
+    return reading
+
+
+def _memory_ratio(ours: Any, theirs: Any) -> float:
+    first, second = (int(row.peak_bytes + row.state_bytes) for row in (ours, theirs))
+    return first / second
 
 
 def flops_per_step(plan: Plan, frames: Frames, claim: Claim) -> Reading:
     reading = Reading(
         "Counted FLOPs of one optimiser step, other over reference; models that run their encoder."
     )
-    ratios = []
-    for name, ours, theirs in _cost_pairs(plan, frames):
-        ratio = theirs.flops / ours.flops
-        ratios.append(ratio)
-        reading.sort(f"{name}: {ratio:.2f}x", ratio > 1)
-    if ratios:
-        reading.value = max(ratios)
-        reading.measured = f"{min(ratios):.2f}x to {max(ratios):.2f}x"
-    return reading
+    return _compare_costs(
+        plan, frames, reading, lambda ours, theirs: theirs.flops / ours.flops, lambda x: x > 1
+    )
 
 
 def memory_comparable(plan: Plan, frames: Frames, claim: Claim) -> Reading:
@@ -192,15 +207,14 @@ def memory_comparable(plan: Plan, frames: Frames, claim: Claim) -> Reading:
         f"Peak bytes of one step beyond weights, reference over other; comparable means at most "
         f"{claim.tolerance:g}x. Models that run their encoder."
     )
-    ratios = []
-    for name, ours, theirs in _cost_pairs(plan, frames):
-        ratio = _memory(ours) / _memory(theirs)
-        ratios.append(ratio)
-        reading.sort(f"{name}: {ratio:.2f}x", ratio <= claim.tolerance)
-    if ratios:
-        reading.value = max(ratios)
-        reading.measured = f"{min(ratios):.2f}x to {max(ratios):.2f}x of the other's"
-    return reading
+    return _compare_costs(
+        plan,
+        frames,
+        reading,
+        _memory_ratio,
+        lambda x: x <= claim.tolerance,
+        "{} of the other's",
+    )
 
 
 def zo_needs_least_memory(plan: Plan, frames: Frames, claim: Claim) -> Reading:
@@ -208,54 +222,52 @@ def zo_needs_least_memory(plan: Plan, frames: Frames, claim: Claim) -> Reading:
         "Peak bytes of one step beyond weights, checkpointed BP over ZO; models that run their "
         "encoder."
     )
-    ratios = []
-    for name, ours, theirs in _cost_pairs(plan, frames):
-        if plan.catalog.methods[theirs.method].family == "zo":
-            ratio = _memory(ours) / _memory(theirs)
-            ratios.append(ratio)
-            reading.sort(f"{name}: {ratio:.2f}x", ratio > 1)
-    if ratios:
-        reading.value = max(ratios)
-        reading.measured = f"BP-Checkpointing needs {min(ratios):.2f}x to {max(ratios):.2f}x"
-    return reading
-
-
-def _memory(row: Any) -> int:
-    return int(row.peak_bytes + row.state_bytes)
+    return _compare_costs(
+        plan,
+        frames,
+        reading,
+        _memory_ratio,
+        lambda x: x > 1,
+        "BP-Checkpointing needs {}",
+        families=("zo",),
+    )
 
 
 def gap_grows_with_d(plan: Plan, frames: Frames, claim: Claim) -> Reading:
     reading = Reading(
         "Validation accuracy of the reference minus the other's at the same number of forward "
-        "units, for two sizes d of the trainable vector on one encoder: d is varied here, not the "
-        "size of the model. Decided where the gap differs by more than 2 points."
+        "units, the most that all runs compared have reached, for two sizes d of the trainable "
+        "vector on one encoder: d is varied here, not the size of the model. Decided where the gap differs by more than 2 points."
     )
     reference = reference_method(plan)
     sizes = frames.runs.groupby("model")["d"].max().sort_values()
     if len(sizes) < 2 or sizes.iloc[0] == sizes.iloc[-1]:
         return reading
     small, large = sizes.index[0], sizes.index[-1]
-    units = frames.curves.groupby(CELL)["forward_units"].max().min()
-    accuracy = (
-        at_units(frames.curves, units).groupby(["model", "task", "method"])["accuracy"].mean()
-    )
-    changes = []
-    for (_, task, method), _row in accuracy[[large]].items():
+    curves = dict(list(frames.curves.groupby(["model", "task", "method"], sort=False)))
+    changes, spent = [], []
+    for model, task, method in curves:
         keys = [(m, task, k) for m in (small, large) for k in (reference, method)]
         family = plan.catalog.methods[method].family
-        if family == "bp" or any(key not in accuracy for key in keys):
+        if model != large or family == "bp" or any(key not in curves for key in keys):
             continue
-        few, many = (
-            accuracy[m, task, reference] - accuracy[m, task, method] for m in (small, large)
-        )
+        units = min(curves[key].groupby("seed")["forward_units"].max().min() for key in keys)
+        scores = [at_units(curves[key], units)["accuracy"].mean() for key in keys]
+        if any(map(math.isnan, scores)):
+            continue
+        few, many = scores[0] - scores[1], scores[2] - scores[3]
         changes.append(100 * (many - few))
+        spent.append(units)
         verdict = None if abs(changes[-1]) <= 2 else changes[-1] > 0
-        reading.sort(f"{method} on {task}: {100 * few:.1f} -> {100 * many:.1f} points", verdict)
+        reading.sort(
+            f"{method} on {task}: {100 * few:.1f} -> {100 * many:.1f} points at {units:.0f} units",
+            verdict,
+        )
     if changes:
         reading.value = statistics.mean(changes)
         reading.measured = (
-            f"gap changes by {min(changes):+.1f} to {max(changes):+.1f} points at {units:.0f} units "
-            f"({small} -> {large})"
+            f"gap changes by {min(changes):+.1f} to {max(changes):+.1f} points at {min(spent):.0f} "
+            f"to {max(spent):.0f} units ({small} -> {large})"
         )
     return reading
 

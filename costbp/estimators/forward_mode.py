@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import weakref
 from typing import Any
 
 import torch
@@ -170,8 +171,13 @@ def _notice_fused_attention() -> None:
     say("notice: fused attention has no forward-mode rule; FmAD runs its unfused form instead")
 
 
+_LOOKED_AT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 def _refuse_quantised(module: nn.Module) -> None:
-    """A layer whose weights are packed integers needs a tangent rule of its own."""
+    """A layer whose weights are packed integers needs a tangent rule of its own. Looked at once."""
+    if module in _LOOKED_AT:
+        return
     for name, child in module.named_modules():
         own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         for key, tensor in own:
@@ -184,6 +190,7 @@ def _refuse_quantised(module: nn.Module) -> None:
                     f"{tensor.dtype}) without a forward-mode rule: its derivative would silently "
                     "be zero; use an unquantised base, BP or ZO"
                 )
+    _LOOKED_AT.add(module)
 
 
 def _without_rule(module: nn.Module, error: BaseException) -> str:

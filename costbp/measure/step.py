@@ -98,21 +98,22 @@ class CostCounter:
         return copy.deepcopy(self._begun)
 
 
+def wall_seconds(run: Callable[[], Any], device: str = "cpu") -> float:
+    """Wall time of one ``run()``, with the device synchronised before and after."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def median_seconds(run: Callable[[], Any], device: str = "cpu") -> float:
-    """Median wall time of ``run()`` after one warm-up, with the device synchronised: seven calls,
-    or as many as fit into a second, at least one."""
-
-    def once() -> float:
-        if device != "cpu":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    once()
-    times = [once()]
+    """Median wall time of ``run()`` after one warm-up: seven calls, or as many as fit into a
+    second, at least one."""
+    run()
+    times = [wall_seconds(run, device)]
     while len(times) < 7 and sum(times) < 1:
-        times.append(once())
+        times.append(wall_seconds(run, device))
     return statistics.median(times)

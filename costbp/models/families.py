@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from costbp.models.loss import cross_entropy
 from costbp.objective import Batch, Objective
 
 Train = Literal["lora", "head", "full"]
@@ -30,17 +30,6 @@ class Transformer(nn.Module):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits: Tensor = self.model(**inputs).logits
         return logits
-
-
-def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy [] of class logits [n, classes], or of next tokens for logits
-    [n, length, vocabulary], in float32 or wider."""
-    labels = batch["labels"]
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    if logits.ndim == 3:
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return F.cross_entropy(logits, labels)
 
 
 def _config(family: str, hidden: int, layers: int, heads: int, inner: int, vocabulary: int) -> Any:

@@ -6,6 +6,7 @@ the mean of K independent estimates has (S - 1) / K.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -71,6 +72,7 @@ def expected_cosine(d: int, count: int = 1) -> float:
     return math.sqrt(count / (count + d + 1)) if count > 1 else math.sqrt(2 / (math.pi * d))
 
 
+@functools.cache
 def extreme_of_squares(count: int, which: str) -> float:
     """Expectation of the largest or smallest of ``count`` squared N(0, 1) variables."""
     x = torch.linspace(0, 60, 600_001, dtype=torch.float64)

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pandas as pd
 import torch
 
 from costbp.config.study import Cell, Plan, RunSpec
@@ -154,7 +153,7 @@ def run(one: Run, folder: Path, stop: Stop, *, test: bool) -> Record:
         environment=environment(_name(one.device)),
         finished=datetime.now(UTC).replace(microsecond=0),
     )
-    write_run(folder, record, pd.DataFrame(one.state.rows))
+    write_run(folder, record, one.state.rows)
     accuracy = record.summary.test_accuracy
     shown = "" if accuracy is None else f", test accuracy {accuracy:.3f}"
     say(f"{title}: {outcome}{shown}{f' ({message})' if message else ''}")

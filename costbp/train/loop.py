@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from costbp.config.methods import OptimizerSpec
 from costbp.config.study import RunSpec
 from costbp.estimators import Estimate, build_estimator
 from costbp.measure.step import CostCounter, StepCost
+from costbp.models.loss import cross_entropy
 from costbp.models.prepare import Prepared
 from costbp.objective import Batch, Key, Objective
 from costbp.tasks.base import Split
@@ -31,13 +31,6 @@ SMOOTHING = 0.9  # of the training loss that decides on divergence
 
 class Interrupted(Exception):
     """The run was asked to stop; its state has been saved."""
-
-
-def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy [] of ``logits`` [n, classes], in float32 or wider."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits, batch["labels"])
 
 
 def build_optimizer(theta: Tensor, spec: OptimizerSpec) -> torch.optim.Optimizer:

@@ -10,17 +10,20 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from costbp.config.study import RunSpec
 from costbp.files import atomic, write_text
 
+Row = Mapping[str, float | int | None]  # one step or evaluation: column -> value
 Outcome = Literal["completed", "diverged", "out_of_memory", "does_not_fit", "failed"]
 RECORD, STEPS, CHECKPOINT, PROGRESS = (
     "record.json",
@@ -99,7 +102,7 @@ def read_record(folder: Path) -> Record | None:
     try:
         record = Record.model_validate_json(path.read_text(encoding="utf-8"))
         if record.outcome != "failed":
-            pd.read_parquet(folder / STEPS, columns=["step"])
+            pq.read_table(folder / STEPS, columns=["step"])
     except (ValidationError, OSError, ValueError) as error:
         raise ValueError(f"{path} is incomplete or damaged") from error
     if not folder.name.endswith(record.hash):
@@ -107,10 +110,13 @@ def read_record(folder: Path) -> Record | None:
     return record
 
 
-def write_run(folder: Path, record: Record, steps: pd.DataFrame) -> None:
-    """Store a finished run: steps first, the record last."""
+def write_run(folder: Path, record: Record, rows: Sequence[Row]) -> None:
+    """Store a finished run: steps first, the record last. A row that lacks a column has a null
+    there. (Without pandas, whose import would cost every job most of a second.)"""
+    columns = dict.fromkeys(name for row in rows for name in row)
     with atomic(folder / STEPS) as temporary:
-        steps.to_parquet(temporary, index=False)
+        table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+        pq.write_table(table, temporary)
     write_text(folder / RECORD, record.model_dump_json(indent=2) + "\n")
     for name in (CHECKPOINT, PROGRESS):
         (folder / name).unlink(missing_ok=True)
