@@ -237,7 +237,8 @@ def gap_grows_with_d(plan: Plan, frames: Frames, claim: Claim) -> Reading:
     reading = Reading(
         "Validation accuracy of the reference minus the other's at the same number of forward "
         "units, the most that all runs compared have reached, for two sizes d of the trainable "
-        "vector on one encoder: d is varied here, not the size of the model. Decided where the gap differs by more than 2 points."
+        "vector on one encoder: d is varied here, not the size of the model. Decided where the gap "
+        "differs by more than 2 points."
     )
     reference = reference_method(plan)
     sizes = frames.runs.groupby("model")["d"].max().sort_values()
