@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,20 @@ def load_tokenizer(model: ModelEntry, assets: Path) -> Tokenizer:
     return pretrained(asset_folder(model.source, assets))
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage collection while transformers and peft are imported: there is no garbage then, and
+    looking for it takes a fifth of the ten seconds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collection()
 def load_encoder(model: ModelEntry, assets: Path) -> Encoder:
     """The base model, all of it trainable; eager attention, since the fused kernel has no
     forward-mode rule and is not seen by the FLOP counter."""
@@ -133,6 +149,7 @@ def features(encoder: Encoder, batch: Batch) -> Tensor:
     return encoder.eval()(batch)
 
 
+@_without_collection()
 def _lora(model: ModelEntry, classes: int, assets: Path, seed: int, width: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
