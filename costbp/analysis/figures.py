@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -120,6 +121,18 @@ def _grid(
     return figure
 
 
+def _cap(axis: Any, rows: pd.DataFrame, y: str) -> None:
+    """End the axis at twice the largest first value, so that one diverging run doesn't press all
+    others onto the bottom line; names the methods that go beyond."""
+    seeds = rows.groupby(["method", "budget", "seed"])
+    top = 2 * seeds[y].first().max()
+    beyond = list(dict.fromkeys(rows.loc[rows[y] > top, "Method"]))
+    if beyond:
+        axis.set_ylim(0, top)
+        text = "beyond the axis: " + ", ".join(beyond)
+        axis.text(*(0.03, 0.96), fill(text, 44), transform=axis.transAxes, va="top", fontsize=9)
+
+
 def curve(plan: Plan, frames: Frames, x: str, y: str, x_label: str, y_label: str) -> Figure:
     """Validation ``y`` against ``x``, a line per method, on a logarithmic abscissa."""
     look = style(plan)
@@ -146,6 +159,8 @@ def curve(plan: Plan, frames: Frames, x: str, y: str, x_label: str, y_label: str
         if y == "validation_accuracy":
             axis.axhline(majority[rows["task"].iloc[0]], color="0.5", lw=1, ls=":", zorder=0)
             axis.set_ylim(0, 1)
+        else:
+            _cap(axis, rows, y)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=8))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
