@@ -112,9 +112,11 @@ def test_the_reference_of_claims_redraws_them(study, tmp_path):
     shutil.copytree(study, copy)
     path = copy / "config/catalog/methods.yaml"
     path.write_text(path.read_text().replace("  reference: true\n", ""))
-    done = snakemake(copy, "--configfile", SMOKE)
-    assert done.returncode != 0
-    assert "claims need exactly one method" in (copy / "logs/smoke/claims.log").read_text()
+    planned = snakemake(copy, "--configfile", SMOKE, "-n").stdout.split("Job stats:")[1]
+    assert "train" not in planned.split("Reasons:")[0]
+    done = python(copy, "costbp", "claims", "-c", SMOKE)
+    assert done.returncode == 2
+    assert "claims need exactly one method" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_mistake_stops_before_the_first_rule(study):
@@ -162,8 +164,9 @@ def test_mlflow_tracking_uri_is_honoured(study, tmp_path):
     assert f"10 of 10 runs added to {uri}" in done.stdout, done.stderr
 
 
-def test_the_workflow_killed_in_the_middle_continues_by_the_same_command(tmp_path):
+def test_the_workflow_killed_in_the_middle_continues_by_the_same_command(study, tmp_path):
     folder = working_copy(tmp_path / "killed")
+    shutil.copytree(study / "cache", folder / "cache")
     overlay = {
         "study": "killed",
         "experiments": [
@@ -176,7 +179,7 @@ def test_the_workflow_killed_in_the_middle_continues_by_the_same_command(tmp_pat
         ],
     }
     (folder / "killed.yaml").write_text(yaml.safe_dump(overlay))
-    words = ["--cores", "1", "--configfile", SMOKE, "killed.yaml"]
+    words = ["--cores", "1", "--configfile", SMOKE, "killed.yaml", "--until", "train_head"]
     process = subprocess.Popen(
         [sys.executable, "-m", "snakemake", *words],
         cwd=folder,
