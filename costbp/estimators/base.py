@@ -72,6 +72,11 @@ class Estimator(ABC):
         """Vectors of length d that a wrapper holds while ``per_batch`` runs."""
         return 0
 
+    @property
+    def kept(self) -> int:
+        """Vectors of length d that a wrapper keeps between steps."""
+        return 0
+
     def state_dict(self) -> dict[str, Tensor]:
         """What it remembers between steps, by name."""
         return {}

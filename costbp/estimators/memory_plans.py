@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import (
 
 from costbp.errors import UserError
 from costbp.estimators.segments import Segment
-from costbp.measure.meter import Meter
+from costbp.measure.meter import Meter, unseen
 from costbp.objective import Batch, Objective
 
 MemoryPlan = Callable[[Objective, Batch], contextlib.AbstractContextManager[None]]
@@ -112,6 +111,10 @@ def sqrt_segments(objective: Objective, batch: Batch) -> Iterator[None]:
     segment is kept. It stores fewer inputs than ``per_block`` and recomputes more at a time, which
     pays where block inputs outweigh the activations inside a block."""
     found = blocks(objective.module)
+    if len(found) == 1:
+        with recomputing(found):
+            yield
+        return
     length = max(1, math.isqrt(len(found)))
     starts = range(0, len(found), length)
     with contextlib.ExitStack() as stack:
@@ -192,8 +195,7 @@ class ByteBudget:
     @staticmethod
     def _peak(objective: Objective, batch: Batch, chosen: Sequence[nn.Module]) -> int:
         existing = [*objective.existing(), *batch.values()]
-        # an enclosing meter must not count the search
-        with _disable_current_modes(), recomputing(chosen), Meter(existing) as meter:
+        with unseen(), recomputing(chosen), Meter(existing) as meter:
             objective.gradient(batch)
         return meter.peak
 

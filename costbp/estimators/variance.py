@@ -36,6 +36,10 @@ class Wrapper(Estimator):
     def scratch(self) -> int:
         return self.inner.scratch
 
+    @property
+    def kept(self) -> int:
+        return self.inner.kept
+
     def state_dict(self) -> dict[str, Tensor]:
         return self.inner.state_dict()
 
@@ -117,6 +121,10 @@ class SVRG(Wrapper):
     @property
     def scratch(self) -> int:
         return 2 + self.inner.scratch
+
+    @property
+    def kept(self) -> int:
+        return 2 + self.inner.kept
 
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
         if self._renews(key.step):

@@ -2,7 +2,7 @@
 
 The memory count is exact and independent of the allocator: it is the largest sum of bytes of
 storages that were alive at once, created within the block. It sees saved activations, tangents,
-temporaries and outputs alike.
+temporaries and outputs alike, on the CPU, on CUDA and on meta.
 
 torch's own ``FlopCounterMode`` can't serve beside it: its module hooks keep tensors of a recomputed
 block alive, which hides what checkpointing saves. Its table of FLOPs per operator is used.
@@ -10,8 +10,10 @@ block alive, which hides what checkpointing saves. Its table of FLOPs per operat
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +22,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+TEMPORARY = "temporary"
+
+
+@dataclass(slots=True)
+class _Storage:
+    """Bytes, category, and the numbers of the allocations at which it came and went."""
+
+    size: int
+    born: int
+    died: int | None
+    category: str
+
+
+_UNSEEN: list[None] = []  # one entry for each ``unseen`` block at work
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Within the block enclosing meters count nothing; meters begun inside do."""
+    _UNSEEN.append(None)
+    try:
+        yield
+    finally:
+        _UNSEEN.pop()
+
 
 class Meter(TorchDispatchMode):
     """Counts FLOPs, and bytes of storages created, within the block.
 
     Args:
-        existing: tensors that were there before; views of them cost nothing.
+        existing: tensors that were there before; views of them cost nothing. If one is on meta,
+            meta tensors count like others.
 
     Attributes:
         flops: of matrix products, convolutions and attention kernels that torch has a formula
@@ -33,18 +61,33 @@ class Meter(TorchDispatchMode):
             and neither is the fused CPU attention kernel.
         live: bytes alive now.
         peak: largest value of ``live`` so far.
+        classify: what the storage of a new tensor is for; ``mark`` may say so later.
     """
+
+    classify: Callable[[Tensor], str] | None = None
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.flops = self.live = self.peak = 0
-        self._known = {t.untyped_storage()._cdata for t in existing}
+        there = list(existing)
+        self._on_meta = any(t.is_meta for t in there)
+        self._existing = {t.untyped_storage()._cdata for t in there}
+        self._alive: dict[int, _Storage] = {}
+        self._all: list[_Storage] = []
+        self._peak_at = 0
+
+    def __enter__(self) -> Meter:
+        self._depth = len(_UNSEEN)
+        super().__enter__()
+        return self
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if len(_UNSEEN) > self._depth:
+            return result
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
@@ -54,16 +97,41 @@ class Meter(TorchDispatchMode):
         return result
 
     def _see(self, tensor: Tensor) -> None:
+        if tensor._is_zerotensor() or (tensor.is_meta and not self._on_meta):
+            return  # a shape without memory: an absent tangent, or what torch infers shapes with
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
+        if key in self._existing or key in self._alive:
             return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, key, size)
+        category = self.classify(tensor) if self.classify is not None else TEMPORARY
+        entry = self._alive[key] = _Storage(storage.nbytes(), len(self._all), None, category)
+        self._all.append(entry)
+        self.live += entry.size
+        if self.live > self.peak:
+            self.peak, self._peak_at = self.live, entry.born
+        weakref.finalize(storage, self._release, key)
 
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+    def _release(self, key: int) -> None:
+        entry = self._alive.pop(key)
+        entry.died = len(self._all) - 1
+        self.live -= entry.size
+
+    def mark(self, tensor: Tensor, category: str) -> None:
+        """Name what a tensor's storage is for, unless that has been named or was there before."""
+        entry = self._alive.get(tensor.untyped_storage()._cdata)
+        if entry is not None and entry.category == TEMPORARY:
+            entry.category = category
+
+    def mark_living(self, category: str) -> None:
+        """Name everything that is alive now and has no name yet."""
+        for entry in self._alive.values():
+            if entry.category == TEMPORARY:
+                entry.category = category
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by category at the moment of the peak; they add up to ``peak``."""
+        found: dict[str, int] = {}
+        for entry in self._all:
+            if entry.born <= self._peak_at and (entry.died is None or entry.died >= self._peak_at):
+                found[entry.category] = found.get(entry.category, 0) + entry.size
+        return found

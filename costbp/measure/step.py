@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from costbp.estimators.base import Estimator
+from costbp.measure.categories import Categories
 from costbp.measure.meter import Meter
 from costbp.objective import Batch, Key, Objective
 
@@ -25,11 +26,13 @@ class StepCost:
         forward_flops: the same for one no-grad forward of one batch, mean over the step's batches.
         peak_bytes: largest number of bytes alive at once beyond parameters, gradient buffer,
             optimiser state and batch.
+        at_peak: those bytes by category (``measure/categories.py``).
     """
 
     flops: int
     forward_flops: float
     peak_bytes: int
+    at_peak: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def units(self) -> float:
@@ -53,19 +56,49 @@ def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Ke
         forward_only(objective, batch)
     if not forward.flops:
         raise ValueError("the forward pass runs no matrix product: forward units are undefined")
-    with Meter([*objective.existing(), *batch.values()]) as step:
+    step = Meter([*objective.existing(), *batch.values()])
+    with Categories(step, objective), step:
         estimator.estimate(objective, [batch], key)
-    return StepCost(step.flops, forward.flops, step.peak)
+    return StepCost(step.flops, forward.flops, step.peak, step.at_peak())
+
+
+def resident_bytes(
+    objective: Objective, optimizer: torch.optim.Optimizer, estimator_state: int
+) -> dict[str, int]:
+    """Bytes that stay between steps, by category: frozen weights and buffers, adapters (whatever is
+    trained), gradients, and the state of the optimiser and of the estimator (given)."""
+    trained = {id(p) for p in objective.module.parameters() if p.requires_grad}
+    there = [*objective.module.parameters(), *objective.module.buffers()]
+    frozen = {t.untyped_storage()._cdata: t for t in there if id(t) not in trained}
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    return {
+        "weights": sum(t.untyped_storage().nbytes() for t in frozen.values()),
+        "adapters": objective.theta.nbytes,
+        "gradients": objective.buffer.nbytes,
+        "optimiser state": estimator_state
+        + sum(t.nbytes for t in moments if isinstance(t, torch.Tensor)),
+    }
+
+
+def by_category(resident: Mapping[str, int], cost: StepCost) -> dict[str, int]:
+    """All bytes at a step's peak: what stays between steps and what the step creates."""
+    names = dict.fromkeys((*resident, *cost.at_peak))
+    return {name: resident.get(name, 0) + cost.at_peak.get(name, 0) for name in names}
 
 
 class CostCounter:
     """Cost of steps, counted once per shape of batch and phase of the estimator, on estimates
-    that are thrown away."""
+    that are thrown away.
+
+    Attributes:
+        state_bytes: what the estimator keeps between steps, as far as counted steps showed.
+    """
 
     def __init__(self, estimator: Estimator) -> None:
         self.estimator = copy.deepcopy(estimator)  # never run itself: it remembers nothing
         self._known: dict[tuple[Any, ...], StepCost] = {}
         self._begun: Estimator | None = None  # one that remembers a first step
+        self.state_bytes = 0
 
     def __call__(self, objective: Objective, batches: Sequence[Batch], key: Key) -> StepCost:
         """Cost of step ``key.step`` on its ``batches``. Inner estimates run one after the other,
@@ -78,13 +111,18 @@ class CostCounter:
             if known not in self._known:
                 trial = self._trial(objective, batch, key)
                 self._known[known] = batch_cost(trial, objective, batch, key)
+                own = sum(tensor.nbytes for tensor in trial.state_dict().values())
+                wrappers = self.estimator.kept * objective.theta.nbytes
+                self.state_bytes = max(self.state_bytes, own + wrappers)
             costs.append(self._known[known])
             flops += passes * costs[-1].flops
         held = self.estimator.scratch * objective.theta.nbytes
+        largest = max(costs, key=lambda cost: cost.peak_bytes)
         return StepCost(
             flops=flops,
             forward_flops=statistics.mean(cost.forward_flops for cost in costs),
-            peak_bytes=max(cost.peak_bytes for cost in costs) + held,
+            peak_bytes=largest.peak_bytes + held,
+            at_peak={**largest.at_peak, **({"gradients": held} if held else {})},
         )
 
     def _trial(self, objective: Objective, batch: Batch, key: Key) -> Estimator:

@@ -14,7 +14,7 @@ import torch
 from costbp.config.study import Cell, Plan
 from costbp.estimators.memory_plans import blocks
 from costbp.files import write_json
-from costbp.measure.step import StepCost, forward_only, median_seconds
+from costbp.measure.step import StepCost, by_category, forward_only, median_seconds
 from costbp.models.build import build_model
 from costbp.models.prepare import load_prepared, prepare
 from costbp.objective import Key
@@ -28,10 +28,12 @@ def measure_costs(
     """One entry per method, from the cache where it was measured before.
 
     An entry holds ``model, task, method, forward_units, theory_units, flops, forward_flops,
-    peak_bytes, state_bytes, weights_bytes, d, seconds, forward_seconds, batch, seq, device``.
+    peak_bytes, peak_by_category, state_bytes, weights_bytes, d, seconds, forward_seconds, batch,
+    seq, device``.
     FLOPs, units and seconds are those of one optimiser step, mean over the estimator's cycle
     (SVRG's snapshots, calibrations); ``peak_bytes`` is the largest, beyond weights, gradient and
-    state (the optimiser's, the estimator's); ``seconds`` are medians on the CPU.
+    state (the optimiser's, the estimator's), and ``peak_by_category`` all bytes at that moment;
+    ``seconds`` are medians on the CPU.
     """
     folder = plan.study.paths.cache / "cost" / model / task
     entries = []
@@ -62,6 +64,7 @@ def _measure(plan: Plan, model: str, task: str, method: str) -> dict[str, Any]:
             seconds[cost.flops] = median_seconds(
                 partial(estimator.estimate, run.objective, batches[step], Key(0, step))
             )
+    largest = max(costs, key=lambda cost: cost.peak_bytes)
     forward = median_seconds(lambda: forward_only(run.objective, batch))
     summary = run.summary(test=False)
     ids = batch.get("input_ids")
@@ -75,7 +78,8 @@ def _measure(plan: Plan, model: str, task: str, method: str) -> dict[str, Any]:
         ),
         "flops": mean(cost.flops for cost in costs),
         "forward_flops": costs[0].forward_flops,
-        "peak_bytes": max(cost.peak_bytes for cost in costs),
+        "peak_bytes": largest.peak_bytes,
+        "peak_by_category": by_category(run.resident(), largest),
         "state_bytes": summary.state_bytes,
         "weights_bytes": summary.weights_bytes,
         "d": summary.d,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from costbp.config.methods import OptimizerSpec
 from costbp.config.study import RunSpec
 from costbp.estimators import Estimate, build_estimator
-from costbp.measure.step import CostCounter, StepCost
+from costbp.measure.step import CostCounter, StepCost, resident_bytes
 from costbp.models.loss import cross_entropy
 from costbp.models.prepare import Prepared
 from costbp.objective import Batch, Key, Objective
@@ -285,18 +285,19 @@ class Run:
 
     # --- what is recorded ------------------------------------------------------------------------
 
+    def resident(self) -> dict[str, int]:
+        """Bytes that stay between steps, by category."""
+        kept = sum(tensor.nbytes for tensor in self.estimator.state_dict().values())
+        return resident_bytes(self.objective, self.optimizer, kept)
+
     def summary(self, *, test: bool) -> Summary:
         """Figures of the run as it stands; scores the test split if asked to."""
         state = self.state
         accuracies = [r["validation_accuracy"] for r in state.rows if "validation_accuracy" in r]
         losses = [r["validation_loss"] for r in state.rows if "validation_loss" in r]
         tested = self._score("test") if test else (None, None)
-        frozen: list[Tensor] = [p for p in self.module.parameters() if not p.requires_grad]
-        frozen += list(self.module.buffers())
-        moments = self.optimizer.state_dict()["state"].values()
-        held = [t for group in moments for t in group.values() if isinstance(t, Tensor)]
-        held += self.estimator.state_dict().values()
-        vector = self.objective.theta.nbytes
+        resident = self.resident()
+        weights = resident.pop("weights")
         return Summary(
             test_accuracy=tested[0],
             test_loss=_finite(tested[1]),
@@ -309,8 +310,8 @@ class Run:
             seconds=state.seconds,
             evaluation_seconds=state.evaluation_seconds,
             peak_bytes=state.peak_bytes,
-            state_bytes=2 * vector + sum(t.nbytes for t in held),
-            weights_bytes=sum(t.nbytes for t in frozen),
+            state_bytes=sum(resident.values()),
+            weights_bytes=weights,
             rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             d=self.objective.d,
             majority=self.data.facts["majority"]["test"],
