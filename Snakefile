@@ -54,6 +54,7 @@ include: "workflow/rules/assets.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/tune.smk"
 include: "workflow/rules/cost.smk"
+include: "workflow/rules/costs.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -12,7 +12,7 @@ from benchmarks.today import switch_checkpointing_on
 from costbp.estimators.base import Estimator
 from costbp.measure.meter import Meter
 from costbp.measure.step import forward_only, wall_seconds
-from costbp.models.families import FAMILIES, family_batch, family_model
+from costbp.models.families import FAMILIES, family_batch, family_objective
 from costbp.models.loss import cross_entropy
 from costbp.objective import Batch, Key, Objective
 
@@ -147,16 +147,16 @@ class Bench:
         """
         if (family, checkpointed) not in self._objectives:
             size = self.size
-            model = family_model(
+            module = family_objective(
                 family,
                 hidden=size.hidden,
                 layers=size.layers,
                 heads=size.heads,
                 vocabulary=size.vocabulary,
-            )
+            ).module
             if checkpointed:
-                switch_checkpointing_on(model)
-            objective = Objective(model.to(self.device), cross_entropy)
+                switch_checkpointing_on(module)
+            objective = Objective(module.to(self.device), cross_entropy)
             self._objectives[family, checkpointed] = objective
         return self._objectives[family, checkpointed]
 

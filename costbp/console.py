@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+from rich import progress
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+Item = TypeVar("Item")
+COLORS = (
+    "blue",
+    "magenta",
+    "cyan",
+    "bright_black",
+    "green",
+    "yellow",
+    "red",
+    "bright_blue",
+    "white",
+)
 
 
 def say(text: str) -> None:
@@ -26,3 +41,22 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Non
     if not console.is_terminal:
         console = Console(width=120)
     console.print(shown)
+
+
+def bar(parts: Mapping[str, float], most: float, width: int = 24) -> Text:
+    """A stacked bar, ``width`` cells for ``most``, with the two largest parts in words."""
+    shown = Text()
+    for color, (_, size) in zip(COLORS, parts.items(), strict=False):
+        shown.append("█" * round(width * size / max(most, 1)), color)
+    total = sum(parts.values()) or 1
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:2]
+    words = ", ".join(f"{name} {100 * size / total:.0f} %" for name, size in largest if size)
+    return shown.append(f" {words}", "default")
+
+
+def track(items: Sequence[Item], what: str) -> Iterable[Item]:
+    """Items with a progress bar on a terminal, without one in a log."""
+    console = Console(stderr=True)
+    return progress.track(
+        items, what, console=console, transient=True, disable=not console.is_terminal
+    )

@@ -47,7 +47,9 @@ class Key:
         return mixed >> 1
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
-        """A fresh generator seeded by this key."""
+        """A fresh generator seeded by this key. The meta device, which draws nothing, gets the
+        CPU's."""
+        device = torch.device("cpu" if torch.device(device).type == "meta" else device)
         return torch.Generator(device).manual_seed(self.number)
 
 
@@ -59,6 +61,19 @@ def _drops_out(module: nn.Module) -> bool:
         for name, value in vars(module).items()
         if "dropout" in name or (name == "p" and isinstance(module, nn.Dropout))
     )
+
+
+def at_work(module: nn.Module, error: BaseException) -> str:
+    """``'name' (Class)`` of the innermost submodule that was running when ``error`` was raised."""
+    names = {id(child): name for name, child in module.named_modules()}
+    place, kind = "", type(module).__name__
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            place, kind = names[id(owner)], type(owner).__name__
+        trace = trace.tb_next
+    return f"'{place}' ({kind})"
 
 
 class Objective:

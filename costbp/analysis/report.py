@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from costbp.analysis.captions import CAPTIONS
 from costbp.analysis.claims import judge
@@ -144,17 +143,25 @@ def write_claims(plan: Plan, frames: Frames, folder: Path) -> None:
     write_text(folder / "claims.md", claims_markdown(plan, claims))
 
 
+def embedded(picture: Path) -> str:
+    """A PNG as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of the package's templates."""
+    loader = PackageLoader("costbp.analysis", "templates")
+    pages = Environment(undefined=StrictUndefined, autoescape=True, loader=loader)
+    return pages.get_template(template).render(**values)
+
+
 def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
     """``index.html``: one file that needs nothing else."""
-    images = {}
-    for name in CAPTIONS:
-        data = (folder / "figures" / f"{name}.png").read_bytes()
-        images[name] = "data:image/png;base64," + base64.b64encode(data).decode()
+    images = {name: embedded(folder / "figures" / f"{name}.png") for name in CAPTIONS}
     claims = json.loads((folder / "claims.json").read_text())["claims"]
-    template = files("costbp.analysis").joinpath("templates/index.html.j2").read_text()
-    page = Environment(undefined=StrictUndefined, autoescape=True).from_string(template)
     methods = dict.fromkeys(cell.method for cell in plan.cells())
-    text = page.render(
+    text = render(
+        "index.html.j2",
         study=plan.study,
         scale=scale_line(plan),
         cards=headline(plan, frames),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,25 @@ class RandomSource(Strict):
     seed: int = 0
 
 
+class ConfigSource(Strict):
+    """An architecture in the hub's configuration format, without weights: its cost can be traced at
+    full size, and it can't be trained."""
+
+    kind: Literal["config"]
+    form: Literal["classifier", "causal", "image_text"] = Field(
+        description="What the model puts out: classes, next tokens, or tokens on text and image."
+    )
+    config: dict[str, Any] = Field(description="Content of the model's `config.json`.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Of the frozen base; what is trained is float32."
+    )
+    bits: Literal[4] | None = Field(None, description="4: the base's linear layers are packed.")
+    group: int = Field(128, ge=2, description="Weights that share a scale, where packed.")
+    loss_chunk: int | None = Field(
+        None, ge=1, description="Tokens whose logits exist at a time; default: all of them."
+    )
+
+
 class LoraTraining(Strict):
     """LoRA adapters (Hu et al. 2021) and the classification head are trained, the base is frozen."""
 
@@ -45,11 +64,17 @@ class HeadTraining(Strict):
     kind: Literal["head"]
 
 
+class FullTraining(Strict):
+    """Every parameter is trained."""
+
+    kind: Literal["full"]
+
+
 class ModelEntry(Entry):
     """Weights, and which part of them is trained."""
 
-    source: Annotated[AssetSource | RandomSource, Field(discriminator="kind")]
-    train: Annotated[LoraTraining | HeadTraining, Field(discriminator="kind")]
+    source: Annotated[AssetSource | RandomSource | ConfigSource, Field(discriminator="kind")]
+    train: Annotated[LoraTraining | HeadTraining | FullTraining, Field(discriminator="kind")]
     pooling: Literal["mean", "first", "last"] = Field(
         "mean", description="How token states become the feature vector that the head reads."
     )
@@ -59,6 +84,13 @@ class ModelEntry(Entry):
     def reads_features(self) -> bool:
         """Whether the model is trained on cached features of its frozen base."""
         return isinstance(self.train, HeadTraining)
+
+    @property
+    def trains_here(self) -> bool:
+        """Whether a study can train it: it has weights, and an adapter or head to train."""
+        return not isinstance(self.source, ConfigSource) and not isinstance(
+            self.train, FullTraining
+        )
 
     @property
     def asset(self) -> str | None:

@@ -185,6 +185,24 @@ def load_catalog(folder: Path) -> Catalog:
     return catalog
 
 
+def overlaid(entry: Model, settings: Mapping[str, Any], source: str) -> Model:
+    """``entry`` with values laid over it at dotted keys.
+
+    Raises:
+        UserError: a key whose parent isn't there, or a value that isn't allowed; names ``source``.
+    """
+    values = entry.model_dump(mode="json")
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        place: Any = values
+        for part in parents:
+            place = place.get(part) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise UserError(f"{source} {key}: no such key; {suggest(parents[0], values)}")
+        place[last] = value
+    return validate(type(entry), values, [(Path(source), values)])
+
+
 class _TunedFile(Strict):
     about: str = ""
     choices: dict[str, dict[str, dict[str, OptimizerSpec]]]
@@ -225,6 +243,17 @@ def load_plan(
                         f"{_blame(sources, loc)}: {dotted(loc)} = '{name}' is not in "
                         f"{study.catalog / kind}.yaml; {suggest(name, getattr(catalog, kind))}"
                     )
+        for place, name in enumerate(block.models):
+            model = catalog.models[name]
+            if not model.trains_here:
+                loc = ("experiments", index, "models", place)
+                usable = [key for key, entry in catalog.models.items() if entry.trains_here]
+                raise UserError(
+                    f"{_blame(sources, loc)}: {dotted(loc)} = '{name}' serves `costbp cost` and "
+                    f"`costbp fit` alone (source {model.source.kind}, train {model.train.kind}); "
+                    f"allowed: {', '.join(usable)}"
+                )
+    _check_costs(study, catalog, sources)
     tuned = {}
     if study.tuning.file.exists():
         content = read_yaml(study.tuning.file)
@@ -232,6 +261,33 @@ def load_plan(
     plan = Plan(study=study, catalog=catalog, tuned=tuned)
     _check_trials(plan)
     return plan
+
+
+def _check_costs(study: Study, catalog: Catalog, sources: Sequence[tuple[Path, Any]]) -> None:
+    """Every name under ``costs`` is in the catalog."""
+    if study.costs is None:
+        return
+    parts: dict[Loc, Any] = {("costs",): study.costs}
+    if study.costs.fits is not None:
+        parts["costs", "fits"] = study.costs.fits
+    for name, sweep in study.costs.sweeps.items():
+        parts["costs", "sweeps", name] = sweep
+    for loc, part in parts.items():
+        models = getattr(part, "models", None) or (part.model,)
+        for kind, names in (("models", models), ("methods", part.methods or ())):
+            for name in names:
+                if name not in getattr(catalog, kind):
+                    raise UserError(
+                        f"{_blame(sources, loc)}: {dotted((*loc, kind))}: '{name}' is not in "
+                        f"{study.catalog / kind}.yaml; {suggest(name, getattr(catalog, kind))}"
+                    )
+                if kind == "models" and catalog.models[name].source.kind != "config":
+                    usable = [k for k, m in catalog.models.items() if m.source.kind == "config"]
+                    raise UserError(
+                        f"{_blame(sources, loc)}: {dotted((*loc, kind))}: '{name}' can't be traced "
+                        f"at full size (source {catalog.models[name].source.kind}, not config); "
+                        f"allowed: {', '.join(usable)}"
+                    )
 
 
 def _check_trials(plan: Plan) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
 from costbp.config.catalog import AssetEntry, BudgetEntry, Catalog, ModelEntry, TaskEntry
+from costbp.config.costs import Costs
 from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry, OptimizerSpec
 
 FORMAT = 3  # raised when the meaning of a run changes, so that old records are not mistaken for new
+
+
+COSTS = 2  # the same for what is measured of a step's cost
 
 
 class Cell(NamedTuple):
@@ -100,6 +104,7 @@ class Study(Strict):
     paths: Paths = Paths()
     resources: Resources = Resources()
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where runs train.")
+    costs: Costs | None = Field(None, description="What `snakemake costs` traces.")
 
 
 class RunSpec(Strict):
@@ -209,7 +214,22 @@ class Plan(Strict):
         catalog = self.catalog
         entries = (catalog.models[model], catalog.tasks[task], catalog.methods[method])
         identity = [entry.identity() for entry in entries]
-        return short_hash([FORMAT, self.assets_of(model, task), *identity])
+        return short_hash([FORMAT, COSTS, self.assets_of(model, task), *identity])
+
+    def trace_key(self, model: str, methods: Sequence[str]) -> str:
+        """Hash of what traced costs of a model depend on."""
+        entries = [self.catalog.models[model], *(self.catalog.methods[m] for m in methods)]
+        return short_hash([COSTS, *(entry.identity() for entry in entries)])
+
+    def sweep_key(self, name: str) -> str:
+        """Hash of what a sweep of costs depends on."""
+        assert self.study.costs is not None
+        costs, sweep = self.study.costs, self.study.costs.sweeps[name]
+        values = sweep.model_dump(mode="json", exclude={"label"})
+        shape = [costs.batch, costs.seq]
+        return short_hash(
+            [values, shape, self.trace_key(sweep.model, sweep.methods or costs.methods)]
+        )
 
     def labels(self) -> str:
         """Hash of the texts that reports show and runs don't depend on."""

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from costbp.console import say
 from costbp.errors import UserError
-from costbp.objective import Batch, Objective
+from costbp.objective import Batch, Objective, at_work
 
 PACKED = {"weight", "qweight", "packed_weight"}  # names of buffers that hold quantised weights
 HALF = (torch.bfloat16, torch.float16)
@@ -175,10 +175,13 @@ _LOOKED_AT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _refuse_quantised(module: nn.Module) -> None:
-    """A layer whose weights are packed integers needs a tangent rule of its own. Looked at once."""
+    """A layer whose weights are packed integers needs a tangent rule of its own, and says so by an
+    attribute ``tangent_rule``. Looked at once."""
     if module in _LOOKED_AT:
         return
     for name, child in module.named_modules():
+        if getattr(child, "tangent_rule", False):
+            continue
         own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         for key, tensor in own:
             packed = not tensor.is_floating_point() and (
@@ -195,13 +198,9 @@ def _refuse_quantised(module: nn.Module) -> None:
 
 def _without_rule(module: nn.Module, error: BaseException) -> str:
     """What to tell the user: the innermost module at work when the operator was refused."""
-    names = {id(child): name for name, child in module.named_modules()}
-    place, kind, function = "", type(module).__name__, ""
+    function = ""
     trace = error.__traceback__
     while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in names:
-            place, kind = names[id(owner)], type(owner).__name__
         applied = trace.tb_frame.f_locals.get("cls")
         if isinstance(applied, type) and issubclass(applied, torch.autograd.Function):
             function = applied.__name__.removesuffix("Generated")
@@ -209,6 +208,6 @@ def _without_rule(module: nn.Module, error: BaseException) -> str:
     named = re.search(r"forward AD with (\S+) that", str(error))
     operator = function or (named.group(1) if named else str(error).splitlines()[0])
     return (
-        f"module '{place}' ({kind}): operator '{operator}' has no forward-mode rule; "
+        f"module {at_work(module, error)}: operator '{operator}' has no forward-mode rule; "
         "use BP or ZO for this model"
     )

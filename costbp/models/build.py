@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from costbp.config.catalog import (
     AssetSource,
+    ConfigSource,
     HeadTraining,
     LoraTraining,
     ModelEntry,
@@ -98,6 +99,7 @@ def asset_folder(source: AssetSource, assets: Path) -> Path:
 
 def load_tokenizer(model: ModelEntry, assets: Path) -> Tokenizer:
     """The tokenizer that belongs to a model."""
+    assert not isinstance(model.source, ConfigSource), "a study with such a model isn't loaded"
     if isinstance(model.source, RandomSource):
         return hashed(int(model.source.config["vocab_size"]))
     return pretrained(asset_folder(model.source, assets))
@@ -126,6 +128,7 @@ def load_encoder(model: ModelEntry, assets: Path) -> Encoder:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     source = model.source
+    assert not isinstance(source, ConfigSource), "a study with such a model isn't loaded"
     if isinstance(source, RandomSource):
         config = AutoConfig.for_model(source.model_type, **source.config)
     else:

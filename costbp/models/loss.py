@@ -4,17 +4,64 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from costbp.objective import Batch
+
+IGNORED = -100  # label of a place that doesn't count
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy [] of class logits [n, classes], or of next tokens for logits
     [n, length, vocabulary] (labels of -100 don't count), in float32 or wider."""
     labels = batch["labels"]
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
     if logits.ndim == 3:
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return F.cross_entropy(logits, labels)
+        labels, logits = next_tokens(labels), logits.flatten(0, 1)
+    return F.cross_entropy(_wide(logits), labels, ignore_index=IGNORED)
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """Each place's next token [n * length]. Labels move and logits don't: a copy of those would be
+    the largest tensor of a step."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+class ChunkedLoss(nn.Module):
+    """A language model's mean loss over next tokens, with the logits of ``chunk`` tokens at a time;
+    the backward pass computes them again. ``already`` is the loss that belongs to it.
+
+    Args:
+        decoder: returns an object with ``last_hidden_state`` [n, length, hidden].
+        head: hidden states to logits.
+    """
+
+    def __init__(self, decoder: nn.Module, head: nn.Module, chunk: int, vocabulary: int) -> None:
+        super().__init__()
+        self.decoder, self.head, self.chunk, self.vocabulary = decoder, head, chunk, vocabulary
+
+    def forward(self, batch: Batch) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        states = self.decoder(**inputs).last_hidden_state.flatten(0, 1)
+        labels = next_tokens(batch["labels"])
+        parts = zip(states.split(self.chunk), labels.split(self.chunk), strict=True)
+        losses = []
+        for part, wanted in parts:
+            if torch.is_grad_enabled():
+                losses.append(checkpoint(self._sum, part, wanted, use_reentrant=False))
+            else:
+                losses.append(self._sum(part, wanted))
+        return torch.stack(losses).sum() / (labels != IGNORED).sum()
+
+    def _sum(self, states: Tensor, labels: Tensor) -> Tensor:
+        logits = _wide(self.head(states))
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def already(loss: Tensor, batch: Batch) -> Tensor:
+    """The loss of a module that returns its loss."""
+    return loss

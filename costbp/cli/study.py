@@ -1,68 +1,29 @@
-"""The command line: what the workflow's rules call, and what people call by hand."""
+"""Commands that work on a study: each stage of the workflow, and what people look at."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from costbp import __version__
+from costbp.cli.app import (
+    Budget,
+    Config,
+    Frozen,
+    Method,
+    Model,
+    Out,
+    Task,
+    app,
+    cell_of,
+    known,
+    load,
+)
 from costbp.config.load import load_plan
-from costbp.config.study import Cell, Plan
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from assets; the hub is never asked
-
-app = typer.Typer(
-    help="What does avoiding backpropagation cost? Train, measure and compare BP, FmAD and ZO.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
-
-Config = Annotated[
-    list[Path] | None,
-    typer.Option("--config", "-c", help="Study file laid over config/config.yaml; repeatable."),
-]
-Frozen = Annotated[
-    Path | None,
-    typer.Option("--plan", help="Resolved plan written by the Snakefile; replaces --config."),
-]
-Model = Annotated[str, typer.Option("--model", "-m", help="Name in the catalog's models.yaml.")]
-Task = Annotated[str, typer.Option("--task", "-t", help="Name in the catalog's tasks.yaml.")]
-Method = Annotated[str, typer.Option("--method", "-M", help="Name in the catalog's methods.yaml.")]
-Budget = Annotated[str, typer.Option("--budget", "-b", help="Name in the catalog's budgets.yaml.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Manifest to write, for the workflow.")]
-
-
-def _plan(config: Sequence[Path] | None, frozen: Path | None) -> Plan:
-    if frozen is None:
-        return load_plan(config or ())
-    try:
-        return Plan.model_validate_json(frozen.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{frozen}: is not a plan written by the Snakefile") from error
-
-
-def _known(plan: Plan, kind: str, name: str) -> None:
-    entries = getattr(plan.catalog, kind)
-    if name not in entries:
-        raise UserError(
-            f"{plan.study.catalog / kind}.yaml: no entry '{name}'; {suggest(name, entries)}"
-        )
-
-
-def _cell(plan: Plan, model: str, task: str, method: str, budget: str) -> Cell:
-    cell = Cell(model, task, method, budget)
-    for kind, name in zip(("models", "tasks", "methods", "budgets"), cell, strict=True):
-        _known(plan, kind, name)
-    return cell
 
 
 @app.command()
@@ -76,7 +37,7 @@ def assets(
     from costbp.assets.fetch import fetch
     from costbp.files import write_json
 
-    study = _plan(config, plan)
+    study = load(config, plan)
     wanted = study.assets()
     if only is not None and only not in wanted:
         raise UserError(f"study '{study.name}' needs no asset '{only}'; {suggest(only, wanted)}")
@@ -97,9 +58,9 @@ def prepare(
     from costbp.models.prepare import load_prepared
     from costbp.models.prepare import prepare as encode
 
-    study = _plan(config, plan)
-    _known(study, "models", model)
-    _known(study, "tasks", task)
+    study = load(config, plan)
+    known(study, "models", model)
+    known(study, "tasks", task)
     path = encode(study, model, task)
     facts = load_prepared(path).facts
     print(f"{path}: {facts['examples']}, majority {facts['majority']['test']:.3f} (test)")
@@ -125,8 +86,8 @@ def train(
     from costbp.train.experiment import run_specs, write_manifest
     from costbp.train.record import Record
 
-    study = _plan(config, plan)
-    cell = _cell(study, model, task, method, budget)
+    study = load(config, plan)
+    cell = cell_of(study, model, task, method, budget)
 
     def track_run(record: Record) -> None:
         if not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -158,8 +119,8 @@ def tune(
     from costbp.train.experiment import write_manifest
     from costbp.train.tune import run_trials, score
 
-    study = _plan(config, plan)
-    cell = _cell(study, model, task, method, budget)
+    study = load(config, plan)
+    cell = cell_of(study, model, task, method, budget)
     records = run_trials(study, cell)
     for record in records:
         print(f"{cell}: {record.spec.optimizer.name} {record.spec.optimizer.lr:g}: {score(record)}")
@@ -172,51 +133,8 @@ def tuned(config: Config = None, plan: Frozen = None, out: Out = None) -> None:
     """Write the choices of all tuning trials to the study's tuning file."""
     from costbp.train.tune import collect
 
-    study = _plan(config, plan)
+    study = load(config, plan)
     collect(study, out or study.study.tuning.file)
-
-
-@app.command()
-def cost(
-    model: Model,
-    task: Task,
-    config: Config = None,
-    plan: Frozen = None,
-    method: Annotated[str, typer.Option(help="Comma-separated; default: the study's.")] = "",
-    out: Out = None,
-    as_json: Annotated[bool, typer.Option("--json", help="A list of objects.")] = False,
-) -> None:
-    """Measure what one step of each method costs: FLOPs, forward units, seconds, peak bytes."""
-    from costbp.analysis.tables import mib, si
-    from costbp.train.cost import measure_costs, write_costs
-
-    study = _plan(config, plan)
-    _known(study, "models", model)
-    _known(study, "tasks", task)
-    methods = [m for m in method.split(",") if m] or study.pairs().get((model, task), [])
-    for name in methods:
-        _known(study, "methods", name)
-    if not methods:
-        raise UserError(f"study '{study.name}' runs nothing on {model}/{task}: name --method")
-    entries = measure_costs(study, model, task, methods)
-    if out is not None:
-        write_costs(out, entries)
-    if as_json:
-        print(json.dumps(entries, indent=2))
-        return
-    rows = [
-        (
-            e["method"],
-            f"{e['forward_units']:.2f}",
-            "-" if e["theory_units"] is None else f"{e['theory_units']:.3g}",
-            si(e["flops"]),
-            f"{e['seconds'] / e['forward_seconds']:.1f}",
-            mib(e["peak_bytes"]),
-        )
-        for e in entries
-    ]
-    head = ("method", "forward units", "closed form", "FLOPs", "time, forwards", "peak")
-    table(f"{model}/{task}, batch {entries[0]['batch']}, CPU", head, rows)
 
 
 @app.command()
@@ -224,7 +142,7 @@ def aggregate(config: Config = None, plan: Frozen = None) -> None:
     """Collect a study's records and cost files into tidy parquet tables."""
     from costbp.analysis.frames import collect, save
 
-    study = _plan(config, plan)
+    study = load(config, plan)
     save(collect(study), study.results)
 
 
@@ -234,7 +152,7 @@ def tables(config: Config = None, plan: Frozen = None) -> None:
     from costbp.analysis import frames
     from costbp.analysis.tables import write
 
-    study = _plan(config, plan)
+    study = load(config, plan)
     write(study, frames.load(study.results), study.study.paths.reports / "tables")
 
 
@@ -244,7 +162,7 @@ def figures(config: Config = None, plan: Frozen = None) -> None:
     from costbp.analysis import frames
     from costbp.analysis.figures import write
 
-    study = _plan(config, plan)
+    study = load(config, plan)
     write(study, frames.load(study.results), study.study.paths.reports / "figures")
 
 
@@ -254,7 +172,7 @@ def claims(config: Config = None, plan: Frozen = None) -> None:
     from costbp.analysis import frames
     from costbp.analysis.report import write_claims
 
-    study = _plan(config, plan)
+    study = load(config, plan)
     write_claims(study, frames.load(study.results), study.study.paths.reports)
 
 
@@ -264,7 +182,7 @@ def report(config: Config = None, plan: Frozen = None) -> None:
     from costbp.analysis import frames
     from costbp.analysis.report import write_page
 
-    study = _plan(config, plan)
+    study = load(config, plan)
     write_page(study, frames.load(study.results), study.study.paths.reports)
     print(study.study.paths.reports / "index.html")
 
@@ -275,7 +193,7 @@ def track(config: Config = None, plan: Frozen = None, out: Out = None) -> None:
     from costbp.files import write_json
     from costbp.tracking.mlflow_store import sync, tracking_uri
 
-    study = _plan(config, plan)
+    study = load(config, plan)
     added, finished = sync(study)
     print(f"{added} of {finished} runs added to {tracking_uri(study)}")
     if out is not None:
@@ -291,7 +209,7 @@ def ui(
     """Start the MLflow UI on the study's runs."""
     from costbp.tracking.ui import serve
 
-    serve(_plan(config, plan), port)
+    serve(load(config, plan), port)
 
 
 @app.command()
@@ -303,7 +221,7 @@ def status(
     """Show a study's runs: done, running, waiting, failed, and the time left."""
     from costbp.status import counts, seconds_left, statuses
 
-    study = _plan(config, plan)
+    study = load(config, plan)
     found = statuses(study)
     tally = ", ".join(f"{count} {state}" for state, count in counts(found).items())
     print(f"{study.name}: {len(found)} runs: {tally}")
@@ -356,24 +274,3 @@ def schemas(folder: Annotated[Path, typer.Argument()] = Path("workflow/schemas")
 
     for path in write(folder):
         print(path)
-
-
-@app.callback(invoke_without_command=True)
-def _main(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-) -> None:
-    if version:
-        print(f"costbp {__version__}")
-        raise typer.Exit
-
-
-def main() -> None:
-    """Run a command; a user's mistake is one line on stderr and a non-zero exit code."""
-    try:
-        app()
-    except UserError as error:
-        say(f"costbp: {error}")
-        sys.exit(error.code)
-    except KeyboardInterrupt:
-        say("costbp: interrupted")
-        sys.exit(130)

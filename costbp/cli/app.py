@@ -1,0 +1,88 @@
+"""The command line's frame: options that commands share, and how mistakes end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from costbp import __version__
+from costbp.config.load import load_plan
+from costbp.config.study import Cell, Plan
+from costbp.console import say
+from costbp.errors import UserError, suggest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from assets; the hub is never asked
+
+app = typer.Typer(
+    help="What does avoiding backpropagation cost? Train, measure and compare BP, FmAD and ZO.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Config = Annotated[
+    list[Path] | None,
+    typer.Option("--config", "-c", help="Study file laid over config/config.yaml; repeatable."),
+]
+Frozen = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Resolved plan written by the Snakefile; replaces --config."),
+]
+Model = Annotated[str, typer.Option("--model", "-m", help="Name in the catalog's models.yaml.")]
+Task = Annotated[str, typer.Option("--task", "-t", help="Name in the catalog's tasks.yaml.")]
+Method = Annotated[str, typer.Option("--method", "-M", help="Name in the catalog's methods.yaml.")]
+Budget = Annotated[str, typer.Option("--budget", "-b", help="Name in the catalog's budgets.yaml.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Manifest to write, for the workflow.")]
+
+
+def load(config: Sequence[Path] | None, frozen: Path | None) -> Plan:
+    """The plan that a command works on."""
+    if frozen is None:
+        return load_plan(config or ())
+    try:
+        return Plan.model_validate_json(frozen.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{frozen}: is not a plan written by the Snakefile") from error
+
+
+def known(plan: Plan, kind: str, name: str) -> None:
+    """Refuse a name that the catalog doesn't have."""
+    entries = getattr(plan.catalog, kind)
+    if name not in entries:
+        raise UserError(
+            f"{plan.study.catalog / kind}.yaml: no entry '{name}'; {suggest(name, entries)}"
+        )
+
+
+def cell_of(plan: Plan, model: str, task: str, method: str, budget: str) -> Cell:
+    """The experiment of four names, all of them known."""
+    cell = Cell(model, task, method, budget)
+    for kind, name in zip(("models", "tasks", "methods", "budgets"), cell, strict=True):
+        known(plan, kind, name)
+    return cell
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        print(f"costbp {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on stderr and a non-zero exit code."""
+    try:
+        app()
+    except UserError as error:
+        say(f"costbp: {error}")
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        say("costbp: interrupted")
+        sys.exit(130)

@@ -1,0 +1,308 @@
+"""Commands that say what a step costs and what fits: ``cost`` and ``fit``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from costbp.cli.app import Config, Frozen, Out, app, known, load
+from costbp.config.catalog import ConfigSource, ModelEntry
+from costbp.config.load import overlaid
+from costbp.config.study import Plan
+from costbp.console import bar, table, track
+from costbp.errors import UserError
+from costbp.files import write_json
+
+ALIASES = {"lora.r": "train.rank", "lora.rank": "train.rank", "lora.alpha": "train.alpha"}
+
+Sized = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Name in models.yaml, or a `config.json` in the hub's format."
+    ),
+]
+Methods = Annotated[
+    str, typer.Option("--method", "-M", help="Comma-separated names; default: the study's.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A key of the model's entry, as lora.r=8 or source.bits=null."),
+]
+Json = Annotated[bool, typer.Option("--json", help="A list of objects on stdout.")]
+Device = Annotated[
+    str, typer.Option(help="meta counts without weights; cpu and cuda run with random ones.")
+]
+
+
+@app.command()
+def cost(
+    model: Sized,
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help="Measure on its data; small models only.")
+    ] = None,
+    method: Methods = "",
+    batch: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 8,
+    seq: Annotated[int, typer.Option(min=2, help="Tokens an example.")] = 64,
+    device: Device = "meta",
+    settings: Settings = None,
+    config: Config = None,
+    plan: Frozen = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """What one step of each method costs: FLOPs, forward units, seconds, peak bytes by category.
+
+    Models with a configuration (the study's nine, or any `config.json`) are traced at full size
+    without weights. Models with weights are measured on a task's batches on the CPU.
+    """
+    from costbp.train.cost import measure_costs, write_costs
+    from costbp.train.trace import Bench
+
+    study = load(config, plan)
+    entry = model_entry(study, model, settings)
+    if isinstance(entry.source, ConfigSource):
+        bench, methods = Bench(entry, device), study.catalog.methods
+        entries = [
+            {**bench.cost(name, methods[name], batch, seq), "model": model}
+            for name in track(wanted(study, method), f"tracing {model}")
+        ]
+    else:
+        if task is None:
+            raise UserError(f"model '{model}' is measured on data: name its --task")
+        known(study, "tasks", task)
+        names = wanted(study, method, study.pairs().get((model, task), []))
+        entries = measure_costs(study, model, task, names)
+    if out is not None:
+        write_costs(out, entries)
+    if as_json:
+        print(json.dumps(entries, indent=2))
+    else:
+        show(entries)
+
+
+def model_entry(study: Plan, name: str, settings: Sequence[str] | None) -> ModelEntry:
+    """The entry of a name, or of a configuration file, with ``settings`` laid over it."""
+    from costbp.train.trace import entry_from_config
+
+    path = Path(name)
+    if name not in study.catalog.models and (path.suffix == ".json" or path.is_dir()):
+        entry = entry_from_config(path)
+    else:
+        known(study, "models", name)
+        entry = study.catalog.models[name]
+    given = {}
+    for setting in settings or ():
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise UserError(f"--set {setting}: wants KEY=VALUE, as lora.r=8")
+        given[ALIASES.get(key, key)] = yaml.safe_load(text)
+    return overlaid(entry, given, "--set") if given else entry
+
+
+def wanted(study: Plan, text: str, default: Sequence[str] = ()) -> list[str]:
+    """The methods that a comma-separated list names, each once; by default the study's."""
+    names = [name.strip() for name in text.split(",") if name.strip()] or list(default)
+    names = names or list(dict.fromkeys(cell.method for cell in study.cells()))
+    for name in names:
+        known(study, "methods", name)
+    return list(dict.fromkeys(names))
+
+
+def show(entries: Sequence[Mapping[str, Any]]) -> None:
+    """A table of costs, with a bar of the bytes at the peak."""
+    from costbp.analysis.tables import mib, si
+
+    most = max(_beyond(entry) for entry in entries)
+    rows = [
+        (
+            e["method"],
+            f"{e['forward_units']:.2f}",
+            "-" if e["theory_units"] is None else f"{e['theory_units']:.3g}",
+            si(e["flops"]),
+            "-" if e["seconds"] is None else f"{e['seconds'] / e['forward_seconds']:.1f}",
+            mib(_beyond(e)),
+            bar({k: v for k, v in e["peak_by_category"].items() if k != "weights"}, most),
+        )
+        for e in entries
+    ]
+    first = entries[0]
+    title = (
+        f"{first['model']}, batch {first['batch']} x {first['seq']}, on {first['device']}; weights "
+        f"{mib(first['weights_bytes'])}, trained {first['d']:,}"
+    )
+    head = ("method", "forward units", "closed form", "FLOPs", "time, forwards", "peak beyond")
+    table(title, (*head, "what it is for"), rows)
+
+
+def _beyond(entry: Mapping[str, Any]) -> int:
+    """Bytes at the peak beyond the frozen weights."""
+    return sum(entry["peak_by_category"].values()) - entry["weights_bytes"]
+
+
+@app.command()
+def fit(
+    memory: Annotated[
+        str, typer.Option(help="Of the card, as 24GB; comma-separated for several; GB means GiB.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Name in models.yaml or a `config.json`; default: which models fit at all.",
+        ),
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", "-M", help="Comma-separated; default: the usual ones.")
+    ] = "bp_vanilla,bp_selective,bp_sqrt,bp_checkpointing,fmad_vanilla,fmad_multiple,zo_vanilla",
+    batch: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 8,
+    seq: Annotated[int, typer.Option(min=2, help="Tokens an example.")] = 64,
+    reserve: Annotated[str, typer.Option(help="What driver and others take.")] = "0.5GB",
+    lengths: Annotated[bool, typer.Option(help="Search the largest length, too.")] = True,
+    settings: Settings = None,
+    config: Config = None,
+    plan: Frozen = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """What fits on a card: each method's largest batch and length, its cost, the cheapest BP plan.
+
+    Without --model: which of the catalog's models each method can train at all. Bytes are those
+    of a trace without weights (`costbp cost`); fragmentation is not among them.
+    """
+    from costbp.train.fit import Fitting, models_that_fit
+    from costbp.train.trace import Bench
+
+    study = load(config, plan)
+    names = wanted(study, method)
+    methods = {name: study.catalog.methods[name] for name in names}
+    reserved = bytes_of("reserve", reserve)
+    limits = {card: bytes_of("memory", card) - reserved for card in memory.split(",")}
+    if model is None:
+        models = track(list(sized(study)), "tracing models")
+        found = models_that_fit(study, models, methods, batch, seq)
+    else:
+        search = Fitting(Bench(model_entry(study, model, settings)), methods)
+        found = [
+            {"model": model, "memory": card, **search.fit(name, limit, batch, seq, lengths)}
+            for name in track(names, f"fitting {model}")
+            for card, limit in limits.items()
+        ]
+    if out is not None:
+        write_json(out, found)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for card, limit in limits.items():
+            if model is None:
+                show_models(found, names, card, limit, (batch, seq))
+            else:
+                show_fits(study, [row for row in found if row["memory"] == card], limit)
+
+
+def show_fits(study: Plan, rows: Sequence[Mapping[str, Any]], limit: int) -> None:
+    """What each method can do on one card, and the cheapest backpropagation that fits."""
+    from costbp.train.fit import cheapest_plan
+
+    batch, seq = rows[0]["wanted_batch"], rows[0]["seq"]
+    words = [
+        (
+            row["method"],
+            f"{row['units']:.2f}",
+            f"{row['bytes'] / 2**30:.2f}" + ("" if row["bytes"] <= limit else "  does not fit"),
+            *(
+                "not searched" if row[key] is None else f"{row[key]:,}" if row[key] else "none fits"
+                for key in ("batch", "length")
+            ),
+        )
+        for row in rows
+    ]
+    head = ("method", "forward units", f"GiB at {batch} x {seq}", f"largest batch at {seq} tokens")
+    title = f"{rows[0]['model']} in {rows[0]['memory']}, {limit / 2**30:.1f} GiB of it free"
+    table(title, (*head, f"largest length at batch {batch}"), words)
+    best = cheapest_plan(study, rows, limit)
+    print(
+        "no backpropagation plan fits"
+        if best is None
+        else f"cheapest backpropagation that fits: {best['method']}, {best['units']:.2f} forward units"
+    )
+
+
+def show_models(
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    card: str,
+    limit: int,
+    shape: tuple[int, int],
+) -> None:
+    """GiB of a step of each method on each model; in brackets where it exceeds the card."""
+    words = []
+    for row in rows:
+        sizes = (row["bytes"][name] for name in names)
+        shown = (f"{n / 2**30:.2f}" if n <= limit else f"({n / 2**30:.2f})" for n in sizes)
+        words.append((row["model"], f"{row['parameters'] / 1e9:.2f} G", *shown))
+    title = f"GiB at batch {shape[0]} x {shape[1]}; in brackets what exceeds {card}"
+    table(title, ("model", "parameters", *names), words)
+
+
+@app.command()
+def sweep(
+    name: Annotated[str, typer.Argument(help="Name under `costs.sweeps` in the study.")],
+    config: Config = None,
+    plan: Frozen = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Cost against batch, length, rank, depth, directions: one key at a time, without weights."""
+    from costbp.analysis.tables import mib
+    from costbp.train.sweep import run_sweep
+
+    study = load(config, plan)
+    entries = list(run_sweep(study, name))
+    if out is not None:
+        write_json(out, entries)
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    rows = [
+        (str(e["value"]), e["method"], f"{e['forward_units']:.2f}", mib(_beyond(e)))
+        for e in entries
+    ]
+    table(
+        f"{name}: {entries[0]['model']}", ("value", "method", "forward units", "peak beyond"), rows
+    )
+
+
+@app.command()
+def costs(config: Config = None, plan: Frozen = None) -> None:
+    """Draw the page of costs at full size from what has been traced (`snakemake costs`)."""
+    from costbp.analysis.costs import write
+
+    study = load(config, plan)
+    folder = study.study.paths.reports / "costs"
+    write(study, folder)
+    print(folder / "index.html")
+
+
+def bytes_of(option: str, text: str) -> int:
+    """``24GB`` in bytes. A card sold as 24 GB has 24 GiB, so GB is read as GiB."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
+    try:
+        value = float(found[1]) * 1024 ** (1 + "KMGT".index(found[2].upper())) if found else -1
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise UserError(f"--{option} {text}: wants a number with a unit, as 24GB or 512MB")
+    return int(value)
+
+
+def sized(study: Plan) -> Mapping[str, ModelEntry]:
+    """The catalog's models that can be traced at full size."""
+    models = study.catalog.models
+    return {name: m for name, m in models.items() if isinstance(m.source, ConfigSource)}

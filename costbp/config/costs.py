@@ -1,0 +1,39 @@
+"""What `snakemake costs` traces: a part of the study, of which no run depends."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from costbp.config.entries import Strict
+
+
+class Sweep(Strict):
+    """Cost against one key, everything else held."""
+
+    label: str = Field(description="Name of the axis.")
+    model: str = Field(description="Name in models.yaml.")
+    key: str = Field(
+        description="`batch`, `seq`, a key of the model's entry (`train.rank`), or, after "
+        "`method.`, of the methods' (`method.estimator.directions.count`)."
+    )
+    values: tuple[int, ...] = Field(min_length=2)
+    methods: tuple[str, ...] | None = Field(None, description="Default: those of `costs`.")
+
+
+class Fits(Strict):
+    """The largest batch of each method on cards of several sizes."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[str, ...] = Field(min_length=1)
+    cards: tuple[str, ...] = Field(min_length=1, description="Memories, as 24GB.")
+
+
+class Costs(Strict):
+    """Steps traced at full size, without weights."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[str, ...] = Field(min_length=1)
+    batch: int = Field(8, ge=1, description="Examples a batch.")
+    seq: int = Field(64, ge=2, description="Tokens an example.")
+    sweeps: dict[str, Sweep] = Field(default_factory=dict)
+    fits: Fits | None = None

@@ -1,0 +1,90 @@
+"""Linear layers whose frozen weights are stored in four bits, with a rule for every mode of AD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from costbp.errors import UserError
+
+
+class QuantisedLinear(nn.Linear):
+    """``nn.Linear`` with a frozen weight in groups of 4-bit integers around 8, each group along the
+    inputs with a scale of its own: (4 + 16 / group) bits a weight.
+
+    Rounding is to the nearest; GPTQ's calibrated rounding stores the same bytes. The weight in full
+    exists for one product at a time, forward and backward, and is never saved.
+
+    Args:
+        layer: what is replaced; its weight may be on meta.
+        group: inputs that share a scale.
+
+    Raises:
+        UserError: the layer's inputs are no multiple of ``group``.
+    """
+
+    tangent_rule = True  # forward mode is told that packed weights are safe here
+
+    def __init__(self, layer: nn.Linear, group: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        if self.in_features % group:
+            raise UserError(
+                f"source.group = {group} does not divide the {self.in_features} inputs of a layer"
+            )
+        packed, scales = quantise(layer.weight.detach(), group)
+        self.register_parameter("weight", None)
+        self.register_buffer("qweight", packed)
+        self.register_buffer("scales", scales)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self.qweight, self.scales, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits=4"
+
+
+def quantise(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Pack a weight [out, in]: bytes [out, in / 2] of two values each, scales [out, in / group]."""
+    blocks = weight.unflatten(1, (-1, group))
+    scales = blocks.abs().amax(2) / 7
+    levels = (blocks / scales.clamp_min(torch.finfo(weight.dtype).tiny).unsqueeze(2)).round()
+    levels = levels.clamp(-8, 7).add(8).flatten(1).to(torch.uint8)
+    return levels[:, ::2] | (levels[:, 1::2] << 4), scales
+
+
+def dequantise(packed: Tensor, scales: Tensor) -> Tensor:
+    """The weight [out, in] in the scales' dtype."""
+    levels = torch.stack((packed & 15, packed >> 4), 2).flatten(1)
+    weight = levels.to(scales.dtype).sub_(8)
+    weight.unflatten(1, (scales.shape[1], -1)).mul_(scales.unsqueeze(2))
+    return weight
+
+
+class _Product(torch.autograd.Function):
+    """``x @ W.T + b``; the backward pass and the tangent unpack W again and save nothing."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, dequantise(packed, scales).to(x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, packed, scales, _ = inputs
+        ctx.save_for_backward(packed, scales)
+        ctx.save_for_forward(packed, scales)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        weight = dequantise(*ctx.saved_tensors).to(gradient.dtype)
+        return gradient @ weight, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return F.linear(tangent, dequantise(*ctx.saved_tensors).to(tangent.dtype))

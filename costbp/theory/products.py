@@ -1,0 +1,213 @@
+"""Matrix products of a forward pass, read off a configuration: what forward units are made of.
+
+Each product has as many *live* factors as depend on a trained parameter. A live factor costs one more
+product of the same size in the backward pass (its gradient), and one per direction in forward mode
+(its tangent). So backpropagation and forward mode with one direction cost the same, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from costbp.config.catalog import ConfigSource, FullTraining, HeadTraining, LoraTraining
+
+Training = LoraTraining | HeadTraining | FullTraining
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of two matrices.
+
+    Attributes:
+        flops: 2 m k n.
+        live: how many of its two factors depend on a trained parameter.
+        block: number of the block it belongs to; None outside of blocks.
+        last: the block's last product, whose result nothing in the block's backward pass needs, so
+            that recomputing the block stops before it.
+    """
+
+    flops: float
+    live: int
+    block: int | None = None
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a step adds to a forward pass, in forward units.
+
+    Attributes:
+        live: one tangent, or the backward pass: products with live factors.
+        recomputed: by memory plan, what is computed a second time.
+    """
+
+    live: float = 1.0
+    recomputed: Mapping[str, float] = field(
+        default_factory=lambda: {"per_block": 1.0, "sqrt": 1.0, "byte_budget": 1.0}
+    )
+
+
+def shares(found: Sequence[Product]) -> Shares:
+    """The shares of a model whose products are ``found``."""
+    total = sum(product.flops for product in found)
+    numbers = [product.block for product in found if product.block is not None]
+    count = 1 + max(numbers, default=0)
+    segments = range(0, count, max(1, math.isqrt(count)))
+
+    def before(end: int, whole: bool) -> float:
+        chosen = (p for p in found if p.block is not None and p.block < end)
+        return sum(p.flops for p in chosen if whole or not p.last) / total
+
+    plans = {"per_block": before(count - 1, False), "sqrt": before(segments[-1], True)}
+    return Shares(sum(p.flops * p.live for p in found) / total, plans)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a stack of blocks; ``inner`` lists the feed-forward part's matrices."""
+
+    blocks: int
+    hidden: int
+    keys: int  # width of keys, of values
+    inner: tuple[tuple[int, int], ...]
+    names: dict[str, str]  # role -> name of the linear layer
+    stops_early: bool  # no norm follows the last product inside the block
+
+
+def products(
+    source: ConfigSource, train: Training, batch: int, length: int, classes: int = 4, grid: int = 0
+) -> list[Product]:
+    """Every product of one forward pass of one batch.
+
+    Args:
+        grid: patches on a side of each row's image.
+    """
+    config = source.config
+    text = config.get("text_config", config)
+    sizes = SIZES[config["model_type"]](text)
+    full = isinstance(train, FullTraining)
+    found = list(_vision(config, batch, grid, full)) if grid else []
+    tokens = batch * length
+    live_input = full
+    first = config["vision_config"]["depth"] if grid else 0  # the image tower's blocks come first
+    for block in range(first, first + sizes.blocks):
+        found += _block(sizes, train, block, tokens, length, live_input)
+        live_input = not isinstance(train, HeadTraining)
+    return found + _head(source, train, sizes, batch, tokens, classes, live_input)
+
+
+def _block(
+    sizes: _Sizes, train: Training, block: int, tokens: int, length: int, live_input: bool
+) -> list[Product]:
+    hidden, found = sizes.hidden, []
+    adapted = set(train.targets) if isinstance(train, LoraTraining) else set()
+    weights = int(isinstance(train, FullTraining))
+    live = {}
+
+    def linear(role: str, wide: int, tall: int, given: int, last: bool = False) -> int:
+        found.append(Product(2.0 * tokens * wide * tall, given + weights, block, last))
+        trained = sizes.names[role] in adapted
+        if trained:
+            rank = train.rank  # type: ignore[union-attr]
+            found.append(Product(2.0 * tokens * wide * rank, given + 1, block))
+            found.append(Product(2.0 * tokens * rank * tall, 2, block))
+        return int(bool(given or weights or trained))
+
+    given = int(live_input)
+    for role, width in (("query", hidden), ("key", sizes.keys), ("value", sizes.keys)):
+        live[role] = linear(role, hidden, width, given)
+    scores = 2.0 * tokens * length * hidden
+    mixed = int(bool(live["query"] or live["key"]))
+    found.append(Product(scores, live["query"] + live["key"], block))
+    found.append(Product(scores, mixed + live["value"], block))
+    after = linear("output", hidden, hidden, int(bool(mixed or live["value"])))
+    after = int(bool(after or given))
+    for place, (wide, tall) in enumerate(sizes.inner):
+        last = sizes.stops_early and place == len(sizes.inner) - 1
+        linear("inner", wide, tall, after, last)
+    return found
+
+
+def _head(
+    source: ConfigSource,
+    train: Training,
+    sizes: _Sizes,
+    batch: int,
+    tokens: int,
+    classes: int,
+    live: bool,
+) -> list[Product]:
+    hidden, given = sizes.hidden, int(live)
+    trained = int(source.form == "classifier" or not isinstance(train, LoraTraining))
+    kind = source.config["model_type"]
+    if source.form != "classifier":
+        text = source.config.get("text_config", source.config)
+        return [Product(2.0 * tokens * hidden * text["vocab_size"], given + trained)]
+    if kind == "bert":  # the pooler belongs to the frozen base
+        full = int(isinstance(train, FullTraining))
+        pooled = Product(2.0 * batch * hidden * hidden, given + full)
+        return [pooled, Product(2.0 * batch * hidden * classes, given + 1)]
+    if kind == "roberta":
+        dense = Product(2.0 * batch * hidden * hidden, given + 1)
+        return [dense, Product(2.0 * batch * hidden * classes, 2)]
+    return [Product(2.0 * tokens * hidden * classes, given + 1)]  # scores every token
+
+
+def _vision(config: dict[str, Any], batch: int, grid: int, full: bool) -> Sequence[Product]:
+    """Qwen2-VL's image tower: patches attend within their image."""
+    vision = config["vision_config"]
+    width, live, patches = vision["embed_dim"], int(full), batch * grid * grid
+    inner = int(width * vision["mlp_ratio"])
+    merged = width * vision.get("spatial_merge_size", 2) ** 2
+    pixels = 3 * vision.get("temporal_patch_size", 2) * vision["patch_size"] ** 2
+    found = [Product(2.0 * patches * pixels * width, live)]
+    for block in range(vision["depth"]):
+        number = block if full else None  # without a gradient to pass on nothing is recomputed
+        per_patch = 2.0 * patches * width
+        found += [
+            Product(per_patch * 4 * width, 2 * live, number),
+            Product(per_patch * 2 * grid * grid, 2 * live, number),
+            Product(per_patch * inner, 2 * live, number),
+            Product(per_patch * inner, 2 * live, number, last=True),
+        ]
+    tokens = patches * width / merged
+    found.append(Product(2.0 * tokens * merged * (merged + vision["hidden_size"]), 2 * live))
+    return found
+
+
+ENCODER = {"query": "query", "key": "key", "value": "value", "output": "dense", "inner": "dense"}
+OPT = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj", "inner": "fc"}
+LLAMA = {**OPT, "output": "o_proj", "inner": "mlp"}
+
+
+def _encoder(c: dict[str, Any]) -> _Sizes:
+    hidden, inner = c["hidden_size"], c["intermediate_size"]
+    matrices = ((hidden, inner), (inner, hidden))
+    return _Sizes(c["num_hidden_layers"], hidden, hidden, matrices, ENCODER, False)
+
+
+def _opt(c: dict[str, Any]) -> _Sizes:
+    hidden, inner = c["hidden_size"], c["ffn_dim"]
+    return _Sizes(
+        c["num_hidden_layers"], hidden, hidden, ((hidden, inner), (inner, hidden)), OPT, True
+    )
+
+
+def _llama(c: dict[str, Any]) -> _Sizes:
+    hidden, inner = c["hidden_size"], c["intermediate_size"]
+    heads = c["num_attention_heads"]
+    keys = hidden // heads * c.get("num_key_value_heads", heads)
+    matrices = ((hidden, inner), (hidden, inner), (inner, hidden))
+    return _Sizes(c["num_hidden_layers"], hidden, keys, matrices, LLAMA, True)
+
+
+SIZES: dict[str, Callable[[dict[str, Any]], _Sizes]] = {
+    "bert": _encoder,
+    "roberta": _encoder,
+    "opt": _opt,
+    "llama": _llama,
+    "qwen2_vl": _llama,
+}

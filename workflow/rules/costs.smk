@@ -1,0 +1,92 @@
+# Costs at full size, traced without weights. Not part of `all`: `snakemake costs --cores all`.
+
+COSTS = PLAN.study.costs
+TRACED = RESULTS / "costs"
+
+
+rule trace:
+    output:
+        TRACED / "traces" / "{model}.json",
+    params:
+        plan=RESOLVED,
+        methods=",".join(COSTS.methods) if COSTS else "",
+        shape=f"--batch {COSTS.batch} --seq {COSTS.seq}" if COSTS else "",
+        specs=lambda wildcards: PLAN.trace_key(wildcards.model, COSTS.methods),
+    log:
+        LOGS / "costs" / "trace-{model}.log",
+    benchmark:
+        LOGS / "costs" / "trace-{model}.benchmark.jsonl"
+    threads: 1
+    resources:
+        mem_mb=PLAN.study.resources.mem_mb,
+    message:
+        "tracing {wildcards.model}"
+    shell:
+        "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan} --model {wildcards.model}"
+        " --method {params.methods} {params.shape} --out {output} > {log} 2>&1"
+
+
+rule sweep:
+    output:
+        TRACED / "sweeps" / "{sweep}.json",
+    params:
+        plan=RESOLVED,
+        specs=lambda wildcards: PLAN.sweep_key(wildcards.sweep),
+    log:
+        LOGS / "costs" / "sweep-{sweep}.log",
+    benchmark:
+        LOGS / "costs" / "sweep-{sweep}.benchmark.jsonl"
+    threads: 1
+    resources:
+        mem_mb=PLAN.study.resources.mem_mb,
+    message:
+        "sweep: {wildcards.sweep}"
+    shell:
+        "OMP_NUM_THREADS={threads} costbp sweep {wildcards.sweep} --plan {params.plan} --out {output} > {log} 2>&1"
+
+
+rule fits:
+    output:
+        TRACED / "fits" / "{model}.json",
+    params:
+        plan=RESOLVED,
+        methods=",".join(COSTS.fits.methods) if COSTS and COSTS.fits else "",
+        cards=",".join(COSTS.fits.cards) if COSTS and COSTS.fits else "",
+        shape=f"--batch {COSTS.batch} --seq {COSTS.seq}" if COSTS else "",
+        specs=lambda wildcards: PLAN.trace_key(wildcards.model, COSTS.fits.methods),
+    log:
+        LOGS / "costs" / "fits-{model}.log",
+    benchmark:
+        LOGS / "costs" / "fits-{model}.benchmark.jsonl"
+    threads: 1
+    priority: 1
+    resources:
+        mem_mb=PLAN.study.resources.mem_mb,
+    message:
+        "what fits: {wildcards.model}"
+    shell:
+        "OMP_NUM_THREADS={threads} costbp fit --plan {params.plan} --model {wildcards.model}"
+        " --method {params.methods} --memory {params.cards} {params.shape} --no-lengths"
+        " --out {output} > {log} 2>&1"
+
+
+rule costs:
+    input:
+        expand(TRACED / "traces" / "{model}.json", model=COSTS.models if COSTS else []),
+        expand(TRACED / "sweeps" / "{sweep}.json", sweep=list(COSTS.sweeps) if COSTS else []),
+        expand(
+            TRACED / "fits" / "{model}.json",
+            model=COSTS.fits.models if COSTS and COSTS.fits else [],
+        ),
+    output:
+        report(REPORTS / "costs" / "index.html", caption="../report/costs.rst", category="Costs"),
+    params:
+        plan=RESOLVED,
+        labels=LABELS,
+    log:
+        LOGS / "costs" / "page.log",
+    localrule: True
+    message:
+        "writing {output}"
+    shell:
+        "costbp costs --plan {params.plan} > {log} 2>&1"
