@@ -28,6 +28,8 @@ from tests.conftest import ROOT
 UNITS = {  # products of one linear layer whose input needs no gradient, by step
     "bp_vanilla": {0: 2},
     "bp_checkpointing": {0: 2},  # a lone layer stores nothing but its input
+    "bp_sqrt": {0: 2},
+    "bp_selective": {0: 2},
     "bp_accumulate": {0: 4 * 2},
     "fmad_vanilla": {0: 2},
     "fmad_accumulate": {0: 4 * 2},

@@ -130,6 +130,20 @@ def test_lint_is_clean(study):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_costs_at_full_size_are_traced_and_drawn(study):
+    done = snakemake(study, "costs", "--configfile", SMOKE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = study / "reports/smoke/costs"
+    table = pd.read_csv(folder / "costs.csv")
+    assert table["method"].tolist() == ["bp_checkpointing", "fmad_vanilla", "zo_vanilla"]
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 and "BERT-base" in page
+    (fit,) = json.loads((study / "results/smoke/costs/fits/bert_base.json").read_text())
+    assert fit["memory"] == "1GB" and fit["batch"] > 1 and fit["length"] is None
+    again = snakemake(study, "costs", "--configfile", SMOKE)
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
 def test_status_counts_runs(study):
     done = python(study, "costbp", "status", "-c", SMOKE)
     assert "10 runs: 10 done" in done.stdout
