@@ -183,6 +183,17 @@ def test_four_bit_weights_count_half_a_byte_and_their_scales(plan):
     assert cost["peak_by_category"]["temporary"] >= 2 * largest_layer  # unpacked for its product
 
 
+@pytest.mark.parametrize("name", ["opt", "llama", "qwen2_vl"])
+def test_every_method_runs_on_a_packed_base(plan, name):
+    entry = small(name, lora(name, dropout=0.1), layers=2, hidden=32)
+    entry = overlaid(entry, {"source.bits": 4, "source.group": 16, "source.dtype": "bfloat16"}, "t")
+    bench = Bench(entry)
+    for key in ("bp_checkpointing", "fmad_vanilla", "fmad_multiple", "zo_vanilla", "fzoo"):
+        cost = bench.cost(key, plan.catalog.methods[key], 4, 32)
+        loose = 0.02 if key.startswith("fmad") else 1e-6
+        assert cost["theory_units"] == pytest.approx(cost["forward_units"], rel=loose), key
+
+
 def test_categories_add_up_and_say_what_is_known(plan):
     entry = small("llama", vocabulary=2048, layers=4)
     bench = Bench(entry)

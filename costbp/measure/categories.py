@@ -8,6 +8,7 @@ from typing import Any
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,6 +58,8 @@ class Categories(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if isinstance(func, OpOverload):  # from within an operator's own implementation
+            return func(*args, **(kwargs or {}))
         if func is Tensor.backward:
             self.meter.mark_living(SAVED)
         result = func(*args, **(kwargs or {}))

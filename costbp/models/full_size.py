@@ -118,6 +118,10 @@ def build_full_size(
         config, attn_implementation=attention, dtype=getattr(torch, source.dtype)
     )
     if source.bits is not None:
+        if isinstance(train, FullTraining):
+            raise UserError(
+                "source.bits = 4: a packed base can't be trained in full; use train lora"
+            )
         _quantise(model, source.group)
     model = _trainable(model, source.form, train, adapters_at_zero)
     vocabulary = 0 if source.form == "classifier" else config.get_text_config().vocab_size

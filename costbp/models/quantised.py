@@ -26,6 +26,8 @@ class QuantisedLinear(nn.Linear):
         UserError: the layer's inputs are no multiple of ``group``.
     """
 
+    qweight: Tensor
+    scales: Tensor
     tangent_rule = True  # forward mode is told that packed weights are safe here
 
     def __init__(self, layer: nn.Linear, group: int) -> None:
@@ -42,7 +44,11 @@ class QuantisedLinear(nn.Linear):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.qweight, self.scales, self.bias)
+        return _Product.apply(x, self)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in full."""
+        return dequantise(self.qweight, self.scales).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits=4"
@@ -66,25 +72,23 @@ def dequantise(packed: Tensor, scales: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """``x @ W.T + b``; the backward pass and the tangent unpack W again and save nothing."""
+    """``x @ W.T + b``; the backward pass and the tangent unpack W again and save nothing, so that a
+    block which ends with it needn't run it again."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, dequantise(packed, scales).to(x.dtype), bias)
+    def forward(x: Tensor, layer: QuantisedLinear) -> Tensor:
+        return F.linear(x, layer.unpacked(x.dtype), layer.bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, packed, scales, _ = inputs
-        ctx.save_for_backward(packed, scales)
-        ctx.save_for_forward(packed, scales)
+        ctx.layer = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        weight = dequantise(*ctx.saved_tensors).to(gradient.dtype)
-        return gradient @ weight, None, None, None
+        return gradient @ ctx.layer.unpacked(gradient.dtype), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return F.linear(tangent, dequantise(*ctx.saved_tensors).to(tangent.dtype))
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return F.linear(tangent, ctx.layer.unpacked(tangent.dtype))
