@@ -74,7 +74,7 @@ class _Sizes:
     keys: int  # width of keys, of values
     inner: tuple[tuple[int, int], ...]
     names: dict[str, str]  # role -> name of the linear layer
-    stops_early: bool  # no norm follows the last product inside the block
+    stops_early: bool  # nothing inside the block follows the last product and is saved
 
 
 def products(
@@ -191,9 +191,9 @@ def _encoder(c: dict[str, Any]) -> _Sizes:
 
 def _opt(c: dict[str, Any]) -> _Sizes:
     hidden, inner = c["hidden_size"], c["ffn_dim"]
-    return _Sizes(
-        c["num_hidden_layers"], hidden, hidden, ((hidden, inner), (inner, hidden)), OPT, True
-    )
+    stops = c.get("dropout", 0.1) == 0  # else the last product's dropout mask is asked for
+    matrices = ((hidden, inner), (inner, hidden))
+    return _Sizes(c["num_hidden_layers"], hidden, hidden, matrices, OPT, stops)
 
 
 def _llama(c: dict[str, Any]) -> _Sizes:
