@@ -7,6 +7,7 @@ import pytest
 
 from costbp.analysis import readings, tables
 from costbp.analysis.claims import load_claims
+from costbp.analysis.costs import front_of
 from costbp.analysis.frames import Frames, at_units, first_reach
 from costbp.analysis.verdict import Reading, ledger_word
 from costbp.config import load_plan
@@ -211,3 +212,13 @@ def test_words():
     assert tables.spread(pd.Series([0.5, 0.7, None]), 100) == "60.0 (50.0-70.0)"
     assert tables.spread(pd.Series([None], dtype=float)) == "-"
     assert r"\%" in tables.latex(pd.DataFrame({"a": ["1 %"], "b": [1], "c": [1], "d": [1]}), "x")
+
+
+def test_the_pareto_front_holds_what_nothing_beats():
+    rows = pd.DataFrame(
+        {"beyond": [10, 20, 30, 40, 5], "forward_units": [3.0, 2.0, 1.99, 1.0, 9.0]},
+        index=["a", "b", "equal", "c", "d"],
+    )
+    assert front_of(rows).index.tolist() == ["d", "a", "b", "c"]
+    rows.loc["beaten"] = [25, 2.5]
+    assert front_of(rows).index.tolist() == ["d", "a", "b", "c"]

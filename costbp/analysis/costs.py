@@ -28,6 +28,7 @@ CATEGORIES = (  # bottom to top
     *("directions", "logits and loss", "temporary"),
 )
 GIB = 2**30
+EQUAL = 0.01  # share by which forward units must differ to count
 
 
 def read(paths: Sequence[Path]) -> pd.DataFrame:
@@ -156,10 +157,11 @@ def pareto(plan: Plan, traces: pd.DataFrame) -> Figure:
 
 
 def front_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows that no other beats in ``beyond`` (bytes) and ``forward_units``, by bytes."""
+    """Rows that no other beats in ``beyond`` (bytes) and ``forward_units``, by bytes. Units within 1 %
+    count as equal."""
     kept, best = [], float("inf")
     for index, row in rows.sort_values(["beyond", "forward_units"]).iterrows():
-        if row["forward_units"] < best:
+        if row["forward_units"] < best * (1 - EQUAL):
             kept.append(index)
             best = row["forward_units"]
     return rows.loc[kept]
@@ -193,7 +195,10 @@ def sweeps(plan: Plan, found: pd.DataFrame) -> Figure:
                 legend=axis is line[1],
             )
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log", base=2)
+            if y == "gib":
+                axis.set_yscale("log", base=2)
+            else:
+                axis.set_ylim(0, None)
             for side in (axis.xaxis, axis.yaxis):
                 side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
             axis.set_xlabel(spec.label)
