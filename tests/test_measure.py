@@ -180,7 +180,8 @@ def test_checkpointing_saves_what_the_recomputed_blocks_would_keep(monkeypatch):
     assert peaks["bp_vanilla"] - peaks["bp_checkpointing"] == pytest.approx(spared, rel=0.2)
 
 
-@pytest.mark.parametrize("name", UNITS)
+# of two blocks `sqrt` keeps one, so the rule of thumb is far off; test_trace.py has its exact units
+@pytest.mark.parametrize("name", sorted(UNITS.keys() - {"bp_sqrt"}))
 def test_units_of_an_encoder_are_near_the_closed_form(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     catalog = load_plan().catalog
