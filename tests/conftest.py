@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+
+from costbp.config import load_plan
+from costbp.config.study import Plan
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +34,13 @@ def working_copy(folder: Path) -> Path:
         shutil.copytree(ROOT / name, folder / name)
     (folder / "profiles").symlink_to("workflow/profiles")
     return folder
+
+
+@pytest.fixture(scope="session")
+def plan() -> Plan:
+    """The default study with its catalog."""
+    with contextlib.chdir(ROOT):
+        return load_plan()
 
 
 @pytest.fixture

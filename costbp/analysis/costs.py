@@ -16,12 +16,12 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from costbp.analysis.figures import MARKERS
+from costbp.analysis.figures import MARKERS, save
 from costbp.analysis.report import embedded, render
 from costbp.analysis.tables import markdown, si
 from costbp.config.study import Plan
 from costbp.errors import UserError
-from costbp.files import atomic, write_text
+from costbp.files import write_text
 
 CATEGORIES = (  # bottom to top
     *("weights", "adapters", "gradients", "optimiser state", "saved activations", "tangents"),
@@ -210,14 +210,14 @@ def sweeps(plan: Plan, found: pd.DataFrame) -> Figure:
 
 
 def fits(plan: Plan, found: pd.DataFrame) -> Figure:
-    """The largest batch of each method on each card; a cross where nothing fits."""
+    """The largest batch of each method on each card; in words where none fits."""
     frame = _labels(plan, found)
     models = list(dict.fromkeys(frame["Model"]))
     figure, axes = plt.subplots(1, len(models), figsize=(5.6 * len(models), 4.0), squeeze=False)
     for axis, model in zip(axes.flat, models, strict=True):
         rows = frame[frame["Model"] == model]
         wide = rows.pivot_table(index="Method", columns="memory", values="batch", sort=False)
-        wide = wide[sorted(wide.columns, key=lambda text: float(str(text).rstrip("GB")))]
+        wide = wide[list(dict.fromkeys(rows["memory"]))]  # as configured
         words = wide.map(lambda n: f"{int(n):,}" if n else "does not fit")
         sns.heatmap(
             wide.map(lambda n: max(n, 1)),
@@ -284,12 +284,7 @@ def write(plan: Plan, folder: Path) -> None:
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.15)
     images = {}
     for name, (draw, frame) in drawn.items():
-        figure = draw(plan, frame)
-        for kind in ("png", "pdf"):
-            with atomic(folder / f"{name}.{kind}") as temporary:
-                metadata = {"CreationDate": None} if kind == "pdf" else None
-                figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-        plt.close(figure)
+        save(draw(plan, frame), folder / name)
         images[name] = CAPTIONS[name], embedded(folder / f"{name}.png")
     words = table(plan, traces)
     write_text(folder / "costs.md", markdown(words))

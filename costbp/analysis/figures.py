@@ -223,9 +223,13 @@ FIGURES: dict[str, Callable[[Plan, Frames], Figure]] = {
 def write(plan: Plan, frames: Frames, folder: Path) -> None:
     """Every figure as PNG and PDF."""
     for name in CAPTIONS:
-        figure = FIGURES[name](plan, frames)
-        for kind in ("png", "pdf"):
-            with atomic(folder / f"{name}.{kind}") as temporary:
-                metadata = {"CreationDate": None} if kind == "pdf" else None
-                figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-        plt.close(figure)
+        save(FIGURES[name](plan, frames), folder / name)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """``path`` with the suffixes of PNG and PDF; closes the figure."""
+    for kind in ("png", "pdf"):
+        with atomic(path.with_suffix(f".{kind}")) as temporary:
+            metadata = {"CreationDate": None} if kind == "pdf" else None
+            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+    plt.close(figure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import yaml
 
 from costbp.cli.app import Config, Frozen, Out, app, known, load
 from costbp.config.catalog import ConfigSource, ModelEntry
+from costbp.config.costs import card_bytes
 from costbp.config.load import overlaid
 from costbp.config.study import Plan
 from costbp.console import bar, table, track
@@ -36,20 +36,27 @@ Settings = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="A list of objects on stdout.")]
 Device = Annotated[
-    str, typer.Option(help="meta counts without weights; cpu and cuda run with random ones.")
+    str | None,
+    typer.Option(help="meta (default) counts without weights; cpu and cuda run with random ones."),
 ]
+BATCH, SEQ = 8, 64  # the study's length; a batch between those of its tasks
 
 
 @app.command()
 def cost(
     model: Sized,
     task: Annotated[
-        str | None, typer.Option("--task", "-t", help="Measure on its data; small models only.")
+        str | None,
+        typer.Option("--task", "-t", help="Measure on its data, or trace batches of its shape."),
     ] = None,
     method: Methods = "",
-    batch: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 8,
-    seq: Annotated[int, typer.Option(min=2, help="Tokens an example.")] = 64,
-    device: Device = "meta",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Examples a batch; default: the task's, or 8.")
+    ] = None,
+    seq: Annotated[
+        int | None, typer.Option(min=2, help="Tokens an example; default: the task's, or 64.")
+    ] = None,
+    device: Device = None,
     settings: Settings = None,
     config: Config = None,
     plan: Frozen = None,
@@ -66,16 +73,27 @@ def cost(
 
     study = load(config, plan)
     entry = model_entry(study, model, settings)
+    if task is not None:
+        known(study, "tasks", task)
     if isinstance(entry.source, ConfigSource):
-        bench, methods = Bench(entry, device), study.catalog.methods
+        shape = study.catalog.tasks[task] if task else None
+        batch = batch or (shape.batch_size if shape else BATCH)
+        seq = seq or (shape.max_length if shape else SEQ)
+        bench, methods = Bench(entry, device or "meta"), study.catalog.methods
         entries = [
             {**bench.cost(name, methods[name], batch, seq), "model": model}
             for name in track(wanted(study, method), f"tracing {model}")
         ]
     else:
+        given = {"--batch": batch, "--seq": seq, "--device": device, "--set": settings}
+        ignored = [name for name, value in given.items() if value is not None and value != []]
+        if ignored:
+            raise UserError(
+                f"model '{model}' is measured on a task's own batches, on the CPU: "
+                f"{', '.join(ignored)} would change nothing"
+            )
         if task is None:
             raise UserError(f"model '{model}' is measured on data: name its --task")
-        known(study, "tasks", task)
         names = wanted(study, method, study.pairs().get((model, task), []))
         entries = measure_costs(study, model, task, names)
     if out is not None:
@@ -161,8 +179,8 @@ def fit(
     method: Annotated[
         str, typer.Option("--method", "-M", help="Comma-separated; default: the usual ones.")
     ] = "bp_vanilla,bp_selective,bp_sqrt,bp_checkpointing,fmad_vanilla,fmad_multiple,zo_vanilla",
-    batch: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = 8,
-    seq: Annotated[int, typer.Option(min=2, help="Tokens an example.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = BATCH,
+    seq: Annotated[int, typer.Option(min=2, help="Tokens an example.")] = SEQ,
     reserve: Annotated[str, typer.Option(help="What driver and others take.")] = "0.5GB",
     lengths: Annotated[bool, typer.Option(help="Search the largest length, too.")] = True,
     settings: Settings = None,
@@ -291,15 +309,11 @@ def costs(config: Config = None, plan: Frozen = None) -> None:
 
 
 def bytes_of(option: str, text: str) -> int:
-    """``24GB`` in bytes. A card sold as 24 GB has 24 GiB, so GB is read as GiB."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
+    """An option's memory in bytes."""
     try:
-        value = float(found[1]) * 1024 ** (1 + "KMGT".index(found[2].upper())) if found else -1
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise UserError(f"--{option} {text}: wants a number with a unit, as 24GB or 512MB")
-    return int(value)
+        return card_bytes(text)
+    except ValueError as error:
+        raise UserError(f"--{option} {text}: {error}") from error
 
 
 def sized(study: Plan) -> Mapping[str, ModelEntry]:

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from costbp.config.entries import Strict
+
+
+def card_bytes(text: str) -> int:
+    """``24GB`` in bytes. A card sold as 24 GB has 24 GiB, so GB is read as GiB.
+
+    Raises:
+        ValueError: no positive number, or no unit.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError("wants a number with a unit, as 24GB or 512MB")
+    return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2].upper())))
 
 
 class Sweep(Strict):
@@ -26,6 +40,13 @@ class Fits(Strict):
     models: tuple[str, ...] = Field(min_length=1)
     methods: tuple[str, ...] = Field(min_length=1)
     cards: tuple[str, ...] = Field(min_length=1, description="Memories, as 24GB.")
+
+    @field_validator("cards")
+    @classmethod
+    def _sizes(cls, cards: tuple[str, ...]) -> tuple[str, ...]:
+        for card in cards:
+            card_bytes(card)
+        return cards
 
 
 class Costs(Strict):

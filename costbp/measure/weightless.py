@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -82,9 +82,7 @@ def _number(tensor: Tensor) -> float | int | bool:
 class _Placement(TorchDispatchMode):
     """Decides for each operator whether it runs on meta or on real integers."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._results: dict[Any, tuple[Any, ...]] = {}
+    _results: ClassVar[dict[Any, tuple[Any, ...]]] = {}  # operator and shapes -> result's form
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

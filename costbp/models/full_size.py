@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from costbp.config.catalog import ConfigSource, FullTraining, HeadTraining, LoraTraining
-from costbp.errors import UserError, suggest
+from costbp.errors import UserError
 from costbp.models.loss import ChunkedLoss, already, cross_entropy
 from costbp.models.quantised import QuantisedLinear
 from costbp.objective import Batch, Objective
@@ -51,13 +52,12 @@ def transformers_config(values: Mapping[str, Any], classes: int = 4) -> Any:
 
     values = dict(values)
     kind = values.pop("model_type", None)
+    if kind is None:
+        raise UserError("configuration: 'model_type' is missing")
     if kind not in CONFIG_MAPPING:
-        raise UserError(
-            f"configuration: model_type = {kind!r} is unknown to transformers"
-            + suggest(kind, CONFIG_MAPPING.keys()).rpartition(";")[2].replace(" did", "; did", 1)
-            if kind
-            else "configuration: 'model_type' is missing"
-        )
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING.keys(), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"configuration: model_type = '{kind}' is unknown to transformers{hint}")
     sizes = values.get("text_config", values)
     missing = [name for name in REQUIRED if name not in sizes]
     if missing:

@@ -36,6 +36,7 @@ from costbp.models.full_size import (
 from costbp.models.quantised import QuantisedLinear
 from costbp.objective import Batch, Key, at_work
 from costbp.theory.cost import forward_units
+from costbp.theory.memory import theory_bytes
 from costbp.theory.products import SIZES, Shares, products, shares
 from costbp.train.loop import build_optimizer, to_device
 
@@ -132,6 +133,8 @@ class Bench:
             data: Batch = sample_batch(self.config, self.form, batch, length, self.classes)
         if self.device != "meta":
             data = to_device(data, torch.device(self.device))
+        source = self.entry.source
+        assert isinstance(source, ConfigSource)
         estimator = build_estimator(method)
         optimizer = build_optimizer(self.objective.theta, method.optimizer)
         with self.there():
@@ -147,6 +150,7 @@ class Bench:
             "theory_units": forward_units(
                 method, len(self.objective.slices), self.blocks, self._shares(data)
             ),
+            "theory_bytes": theory_bytes(method, source, self.entry.train, batch, length),
             **found,
         }
 

@@ -1,0 +1,26 @@
+"""Small entries with a configuration: what traces and fits are tested on."""
+
+from __future__ import annotations
+
+from costbp.config.catalog import LoraTraining, ModelEntry
+from costbp.models.families import CLASSIFIERS, family_source
+
+METHODS = (
+    "bp_vanilla",
+    "bp_checkpointing",
+    "bp_sqrt",
+    "bp_selective",
+    "fmad_vanilla",
+    "zo_vanilla",
+)
+
+
+def lora(family, **options):
+    targets = ("query", "value") if family in CLASSIFIERS else ("q_proj", "v_proj")
+    return LoraTraining(kind="lora", rank=2, alpha=1, targets=targets, **options)
+
+
+def small(family, train=None, **sizes):
+    sizes = {"hidden": 32, "layers": 3, "heads": 2, "vocabulary": 64} | sizes
+    source = family_source(family, **sizes)
+    return ModelEntry(label=family, source=source, train=train or lora(family))

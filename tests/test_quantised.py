@@ -1,0 +1,93 @@
+"""Packed weights and chunked losses: the same function as the plain ones, in every mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwad
+import torch.nn.functional as F
+from torch import nn
+from torch.func import vmap
+
+from costbp.config.load import overlaid
+from costbp.estimators.forward_mode import directional_derivatives
+from costbp.models.families import family_source
+from costbp.models.full_size import build_full_size, sample_batch, transformers_config
+from costbp.models.quantised import QuantisedLinear, dequantise
+from costbp.train.trace import Bench
+from tests.entries import METHODS, lora, small
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 24, dtype=torch.float64)
+    packed = QuantisedLinear(plain, 16)
+    weight = dequantise(packed.qweight, packed.scales)
+    return plain, packed, weight
+
+
+def test_rounding_is_to_the_nearest_of_sixteen_levels(layers):
+    plain, packed, weight = layers
+    step = plain.weight.unflatten(1, (-1, 16)).abs().amax(2, keepdim=True) / 7
+    error = (weight - plain.weight).unflatten(1, (-1, 16)).abs()
+    assert bool((error <= step / 2 * (1 + 1e-9)).all())
+    assert packed.qweight.nbytes == 64 * 24 // 2 and packed.scales.shape == (24, 4)
+
+
+def test_a_packed_layer_is_its_unpacked_weight_in_every_mode(layers):
+    _, packed, weight = layers
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    value = packed(x)
+    torch.testing.assert_close(value, F.linear(x, weight, packed.bias))
+    (gradient,) = torch.autograd.grad(value.square().sum(), x)
+    torch.testing.assert_close(gradient, 2 * value @ weight)
+    tangent = torch.randn(3, 64, dtype=torch.float64)
+    with torch.no_grad(), fwad.dual_level():
+        slope = fwad.unpack_dual(packed(fwad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(slope, tangent @ weight.T)
+    many = torch.randn(4, 3, 64, dtype=torch.float64)
+    torch.testing.assert_close(vmap(packed)(many), packed(many))
+
+
+def test_forward_mode_on_a_packed_base_is_right():
+    source = family_source("llama", hidden=32, heads=2, vocabulary=64)
+    source = source.model_copy(update={"bits": 4, "group": 16})
+    objective = build_full_size(source, lora("llama"), adapters_at_zero=False)
+    data = sample_batch(transformers_config(source.config), source.form, 2, 8)
+    assert any(isinstance(m, QuantisedLinear) for m in objective.module.modules())
+    z = torch.randn(3, objective.d)
+    _, gradient = objective.gradient(data)
+    for count in (1, 3):
+        _, slopes = directional_derivatives(objective, data, z[:count])
+        torch.testing.assert_close(slopes, z[:count] @ gradient, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "qwen2_vl"])
+def test_a_chunked_loss_is_the_same_function(family):
+    source = family_source(family, hidden=32, heads=2, vocabulary=64)
+    data = sample_batch(transformers_config(source.config), source.form, 2, 12)
+    found = []
+    for chunk in (None, 5):
+        torch.manual_seed(0)
+        source = source.model_copy(update={"loss_chunk": chunk})
+        objective = build_full_size(source, lora(family), adapters_at_zero=False)
+        loss, gradient = objective.gradient(data)
+        z = torch.ones(2, objective.d)
+        slopes = directional_derivatives(objective, data, z)[1]
+        found.append(
+            (loss, gradient.clone(), slopes, directional_derivatives(objective, data, z[:1])[1])
+        )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_chunked_loss_lowers_every_method_s_peak(plan):
+    entry = small("llama", vocabulary=8192, hidden=64)
+    chunked = overlaid(entry, {"source.loss_chunk": 16}, "test")
+    for name in METHODS:
+        whole, part = (
+            Bench(e).cost(name, plan.catalog.methods[name], 4, 32)["peak_by_category"]
+            for e in (entry, chunked)
+        )
+        assert part["logits and loss"] < whole["logits and loss"] / 4, name
