@@ -64,6 +64,26 @@ def test_mistakes(workdir, file, old, new, words):
         assert word in message, message
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("studies/full_size.yaml", "    - opt_13b", "    - opt_13", ["costs.models", "did you mean 'opt_13b'"]),
+        ("studies/full_size.yaml", "    - opt_13b", "    - minilm_lora", ["costs.models", "source asset, not config"]),
+        ("studies/full_size.yaml", "    - bp_sqrt", "    - bp_sqr", ["costs.methods", "did you mean 'bp_sqrt'"]),
+        ("studies/full_size.yaml", "      model: llama_3_1_8b", "      model: lama", ["costs.sweeps.plans.models", "'lama'"]),
+        ("studies/full_size.yaml", "[8GB, 16GB", "[8GB, 16XB", ["costs.fits.cards", "with a unit, as 24GB"]),
+        ("config.yaml", "[minilm_lora]", "[opt_13b]", ["experiments[0].models[0] = 'opt_13b'", "`costbp fit` alone"]),
+    ],
+)  # fmt: skip
+def test_mistakes_with_costs(workdir, file, old, new, words):
+    edit(workdir / "config" / file, old, new)
+    with pytest.raises(UserError) as caught:
+        load_plan([Path("config/studies/full_size.yaml")])
+    for word in (Path(file).name, *words):
+        assert word in str(caught.value), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 EXACT = {"kind": "exact"}
 CENTRAL = {"kind": "central", "eps": 1e-3}
 ONE = {"kind": "gaussian", "count": 1}
