@@ -101,6 +101,14 @@ def test_bytes_are_those_of_the_closed_form(plan, family, dtype, length):
         assert cost["theory_bytes"] == expected
 
 
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_the_first_block_keeps_less(plan, family):
+    source = family_source(family, hidden=512, inner=1536, layers=1, heads=8, vocabulary=64)
+    bench = Bench(ModelEntry(label=family, source=source, train=lora(family)))
+    cost = bench.cost("x", plan.catalog.methods["bp_vanilla"], 8, 64)
+    assert cost["theory_bytes"] == pytest.approx(cost["peak_bytes"], rel=0.03)
+
+
 def test_a_two_block_model_by_hand(plan):
     hidden, inner, rank, batch, length, classes = 32, 128, 2, 2, 12, 4
     entry = small("bert", layers=2)

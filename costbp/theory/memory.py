@@ -119,7 +119,7 @@ def peak_bytes(
         pair = 2 * byte + (2 if family.wide_softmax and byte < 4 else 0)
         gone = byte * (family.kept_inner * inner + (0 if family.wide_softmax else hidden))
         attention = tokens * (scores * pair + byte * length - gone)
-        top = max(12 * logits + norm, feed + norm, attention)
+        top = max(12 * logits + norm, feed, attention)
         count = text["num_hidden_layers"]
         if step == "per_block":
             return (count - 1) * tokens * hidden * byte + block + top
