@@ -9,7 +9,7 @@ from torch import nn
 from costbp.config.catalog import FullTraining, ModelEntry
 from costbp.config.load import overlaid
 from costbp.errors import UserError
-from costbp.measure.meter import Meter, unseen
+from costbp.measure.meter import Meter, counted
 from costbp.measure.weightless import META, MissingNumbersError, weightless
 from costbp.models.families import CLASSIFIERS, FAMILIES, family_source
 from costbp.theory.memory import peak_bytes
@@ -189,12 +189,17 @@ def test_tangents_are_told_from_activations(plan):
     assert one >= 2 * hidden and many >= 6 * one and none == 0
 
 
-def test_a_meter_within_another_can_stay_unseen():
+def test_work_within_a_meter_can_stay_unseen_or_stand_for_more():
+    a = torch.ones(3, 3)
     with Meter() as outer:
         torch.ones(10)
-        with unseen(), Meter() as inner:
+        with counted(0), Meter() as inner:
             torch.ones(1000)
+            a @ a
+        with counted(5):
+            a @ a
     assert (outer.peak, inner.peak) == (40, 4000)
+    assert (outer.flops, inner.flops) == (5 * 54, 54)
 
 
 def test_numbers_that_are_not_there():

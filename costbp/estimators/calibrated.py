@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from costbp.estimators.directions import Directions, Part, Probe, Source, independent
+from costbp.measure.meter import counted
 from costbp.objective import Key, Objective
 from costbp.theory.variance import extreme_of_squares
 
@@ -60,12 +61,7 @@ class Calibrated(Source):
             return
         self.key = key
         group_of = self.groups(objective)
-        derivatives = torch.stack(
-            [
-                probe(Directions(objective, self.candidates, self._confined(objective, key, j)))
-                for j in range(1 + max(group_of.values()))
-            ]
-        ).nan_to_num(0, 0, 0)
+        derivatives = torch.stack(self._probed(objective, key, probe)).nan_to_num(0, 0, 0)
         self.kept = derivatives.abs().argmax(1)
         if self.use == "smallest":
             self.kept = derivatives.abs().argmin(1)
@@ -77,6 +73,20 @@ class Calibrated(Source):
         variances = sizes.sqrt() / size.clamp_min(floor / LIMIT**2)
         variances = variances.clamp_max(float(variances.min()) * LIMIT**2)
         self.scales = (variances * sizes.sum() / (variances * sizes).sum()).sqrt()
+
+    def _probed(self, objective: Objective, key: Key, probe: Probe) -> list[Tensor]:
+        """The candidates' derivatives, group by group."""
+
+        def derivatives(group: int) -> Tensor:
+            confined = self._confined(objective, key, group)
+            return probe(Directions(objective, self.candidates, confined))
+
+        count = 1 + max(self.groups(objective).values())
+        if not objective.theta.is_meta or count < 3:
+            return [derivatives(group) for group in range(count)]
+        with counted(count - 1):  # without numbers, all groups do the same work
+            first = derivatives(0)
+        return [first, *(first.clone() for _ in range(count - 2)), derivatives(count - 1)]
 
     def _confined(self, objective: Objective, key: Key, group: int) -> Part:
         part = independent(objective, key.at(PROBES).at(group))

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 
 from costbp.errors import UserError
 from costbp.estimators.segments import Segment
-from costbp.measure.meter import Meter, unseen
+from costbp.measure.meter import Meter, counted
 from costbp.objective import Batch, Objective
 
 MemoryPlan = Callable[[Objective, Batch], contextlib.AbstractContextManager[None]]
@@ -195,7 +195,7 @@ class ByteBudget:
     @staticmethod
     def _peak(objective: Objective, batch: Batch, chosen: Sequence[nn.Module]) -> int:
         existing = [*objective.existing(), *batch.values()]
-        with unseen(), recomputing(chosen), Meter(existing) as meter:
+        with counted(0), recomputing(chosen), Meter(existing) as meter:
             objective.gradient(batch)
         return meter.peak
 

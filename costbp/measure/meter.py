@@ -11,6 +11,7 @@ block alive, which hides what checkpointing saves. Its table of FLOPs per operat
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,17 +36,18 @@ class _Storage:
     category: str
 
 
-_UNSEEN: list[None] = []  # one entry for each ``unseen`` block at work
+_TIMES: list[int] = []  # one entry for each ``counted`` block at work
 
 
 @contextlib.contextmanager
-def unseen() -> Iterator[None]:
-    """Within the block enclosing meters count nothing; meters begun inside do."""
-    _UNSEEN.append(None)
+def counted(times: int) -> Iterator[None]:
+    """Within the block enclosing meters count FLOPs ``times`` over, for work that stands for as
+    many equal pieces; if 0, nothing, memory neither. Meters begun inside count as ever."""
+    _TIMES.append(times)
     try:
         yield
     finally:
-        _UNSEEN.pop()
+        _TIMES.pop()
 
 
 class Meter(TorchDispatchMode):
@@ -77,7 +79,7 @@ class Meter(TorchDispatchMode):
         self._peak_at = 0
 
     def __enter__(self) -> Meter:
-        self._depth = len(_UNSEEN)
+        self._depth = len(_TIMES)
         super().__enter__()
         return self
 
@@ -86,11 +88,12 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if len(_UNSEEN) > self._depth:
+        times = math.prod(_TIMES[self._depth :])
+        if not times:
             return result
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
+            self.flops += times * formula(*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor)
