@@ -18,9 +18,11 @@ from costbp.errors import UserError
 from costbp.estimators import build_estimator
 from costbp.models.build import Head
 from costbp.models.loss import cross_entropy
+from costbp.models.prepare import _packed
 from costbp.objective import Key, Objective
 from costbp.tasks import docstrings
-from costbp.tasks.base import SPLITS
+from costbp.tasks.base import Example
+from costbp.tasks.splits import SPLITS
 from costbp.theory.cost import forward_units
 from costbp.theory.variance import relative_error
 from costbp.train.record import read_record
@@ -69,11 +71,13 @@ def prepared(plan, width=64):
     path = plan.prepared("tiny_head", "docstrings")
     path.parent.mkdir(parents=True)
     torch.manual_seed(0)
-    tensors = {}
+    tensors, names = {}, list(docstrings.TASK.names)
     for name in SPLITS:
         tensors[f"{name}.values"] = torch.randn(64, width)
-        tensors[f"{name}.labels"] = torch.randint(0, 4, (64,))
-    facts = {"names": list(docstrings.NAMES), "majority": dict.fromkeys(SPLITS, 0.25)}
+        labels = torch.randint(0, 4, (64,))
+        tensors[f"{name}.labels"] = labels
+        tensors[f"{name}.examples"] = _packed([Example("", names[i]) for i in labels])
+    facts = {"names": names, "majority": dict.fromkeys(SPLITS, 0.25)}
     save_file(tensors, path, metadata={"facts": json.dumps(facts)})
 
 

@@ -63,7 +63,7 @@ def collect(plan: Plan) -> Frames:
                     "optimizer": f"{spec.optimizer.name} {spec.optimizer.lr:g}",
                     "finished": record.finished.isoformat(),
                     **record.environment,
-                    **record.summary.model_dump(),
+                    **record.summary.figures(),
                 }
             )
             steps = pd.read_parquet(folder / STEPS)

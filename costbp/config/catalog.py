@@ -12,26 +12,85 @@ from costbp.config.methods import MethodEntry
 # --- models ----------------------------------------------------------------------------------
 
 
-class AssetSource(Strict):
+Form = Literal["encoder", "classifier", "causal", "image_text", "fusion"]
+FORMS = """How the weights are used: `encoder` (hidden states, pooled, and a head of ours), `classifier`
+(the library's own classification head), `causal` (next tokens), `image_text` (next tokens on text
+and image), `fusion` (a head on an encoder that reads an image's features as its first tokens)."""
+
+
+class Held(Strict):
+    """How a base is held in memory."""
+
+    form: Form = Field("encoder", description=FORMS)
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the frozen base; what is trained is float32."
+    )
+    bits: Literal[4] | None = Field(None, description="4: the base's linear layers are packed.")
+    packing: Literal["rtn", "nf4", "gptq"] = Field(
+        "rtn",
+        description="Of 4-bit weights: `rtn` (groups of integers, rounded to the nearest), `nf4` "
+        "(bitsandbytes), `gptq` (as a GPTQ checkpoint stores them).",
+    )
+    group: int = Field(128, ge=2, description="Weights that share a scale, where packed.")
+    image_side: int = Field(
+        280,
+        ge=8,
+        description="Images are shrunk to at most this many pixels squared; `fusion` reads squares "
+        "of this side.",
+    )
+    chat: bool = Field(False, description="Prompts go through the tokenizer's chat template.")
+
+
+class Repository(Strict):
+    """A repository of the Hugging Face hub at a fixed state."""
+
+    repo: str = Field(pattern="^[^/ ]+/[^/ ]+$", description="`owner/name` on the hub.")
+    revision: str = Field(
+        "main",
+        description="Commit. With `main` the first fetch decides, and is what later runs use.",
+    )
+
+
+class AssetSource(Held):
     """A transformers folder inside a fetched asset."""
 
     kind: Literal["asset"]
     asset: str = Field(description="Name in assets.yaml.")
     folder: str = Field(".", description="Folder of the model inside the asset.")
+    gguf: str | None = Field(
+        None, description="The weights' GGUF file in that folder, unpacked into full precision."
+    )
+    vision: str | None = Field(
+        None, description="Asset with the vision encoder of the form `fusion`."
+    )
 
 
-class RandomSource(Strict):
-    """An architecture with seeded random weights; words are hashed to token ids."""
+class HubSource(Held, Repository):
+    """A model of the hub, fetched once."""
+
+    kind: Literal["hub"]
+
+
+class FolderSource(Held):
+    """A transformers folder on this machine: config.json, weights, tokenizer."""
+
+    kind: Literal["folder"]
+    path: str = Field(description="Relative to the working directory, or absolute.")
+
+
+class RandomSource(Held):
+    """An architecture with seeded random weights; words are hashed to token ids, or bytes are
+    tokens where the model puts out text."""
 
     kind: Literal["random"]
     model_type: str = Field(description="transformers model type, for example `bert`.")
-    config: dict[str, int | float | str | bool] = Field(description="Overrides of its config.")
+    config: dict[str, Any] = Field(description="Overrides of its config.")
     seed: int = 0
 
 
-class ConfigSource(Strict):
-    """An architecture in the hub's configuration format, without weights: its cost can be traced at
-    full size, and it can't be trained."""
+class ConfigSource(Held):
+    """An architecture in the hub's configuration format. Its cost can be traced at full size without
+    weights; it can be trained where `weights` says which."""
 
     kind: Literal["config"]
     form: Literal["classifier", "causal", "image_text"] = Field(
@@ -41,11 +100,10 @@ class ConfigSource(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="Of the frozen base; what is trained is float32."
     )
-    bits: Literal[4] | None = Field(None, description="4: the base's linear layers are packed.")
-    group: int = Field(128, ge=2, description="Weights that share a scale, where packed.")
     loss_chunk: int | None = Field(
         None, ge=1, description="Tokens whose logits exist at a time; default: all of them."
     )
+    weights: Repository | None = Field(None, description="Where the weights are, for training.")
 
 
 class LoraTraining(Strict):
@@ -73,7 +131,10 @@ class FullTraining(Strict):
 class ModelEntry(Entry):
     """Weights, and which part of them is trained."""
 
-    source: Annotated[AssetSource | RandomSource | ConfigSource, Field(discriminator="kind")]
+    source: Annotated[
+        AssetSource | HubSource | FolderSource | RandomSource | ConfigSource,
+        Field(discriminator="kind"),
+    ]
     train: Annotated[LoraTraining | HeadTraining | FullTraining, Field(discriminator="kind")]
     pooling: Literal["mean", "first", "last"] = Field(
         "mean", description="How token states become the feature vector that the head reads."
@@ -87,30 +148,120 @@ class ModelEntry(Entry):
 
     @property
     def trains_here(self) -> bool:
-        """Whether a study can train it: it has weights, and an adapter or head to train."""
-        return not isinstance(self.source, ConfigSource) and not isinstance(
-            self.train, FullTraining
-        )
+        """Whether a study can train it: it has weights, and a part to train."""
+        source = self.source
+        return not isinstance(source, ConfigSource) or source.weights is not None
 
     @property
     def asset(self) -> str | None:
         """Name of the asset that holds the weights, if any."""
         return self.source.asset if isinstance(self.source, AssetSource) else None
 
+    @property
+    def assets(self) -> tuple[str, ...]:
+        """Names of all assets it is made of."""
+        vision = self.source.vision if isinstance(self.source, AssetSource) else None
+        return tuple(name for name in (self.asset, vision) if name)
+
+    @property
+    def repository(self) -> Repository | None:
+        """Where on the hub the weights are, if there."""
+        source = self.source
+        if isinstance(source, HubSource):
+            return Repository(repo=source.repo, revision=source.revision)
+        return source.weights if isinstance(source, ConfigSource) else None
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether it puts out tokens, not classes."""
+        return self.source.form in ("causal", "image_text")
+
+    @property
+    def sees(self) -> bool:
+        """Whether it reads images."""
+        return self.source.form in ("image_text", "fusion")
+
 
 # --- tasks, budgets, assets --------------------------------------------------------------------
+
+
+class AssetData(Strict):
+    """Rows inside a fetched asset, read by the task's module."""
+
+    kind: Literal["asset"]
+    asset: str = Field(description="Name in assets.yaml.")
+
+
+class Mapped(Strict):
+    """Which of a source's splits and columns are meant."""
+
+    splits: dict[Literal["train", "validation", "test"], str] = Field(
+        default_factory=dict,
+        description="Our split -> the source's. A missing one is carved from train; none at all: "
+        "every row is in one pool.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="The task's column -> the source's, where they differ."
+    )
+
+
+class HubData(Mapped, Repository):
+    """A data set of the hub, fetched once."""
+
+    kind: Literal["hub"]
+    config: str | None = Field(None, description="Name of its configuration, where it has several.")
+
+
+class LocalData(Mapped):
+    """A csv, json, jsonl or parquet file, a folder of such files named like the splits, or a
+    saved data set (`Dataset.save_to_disk`)."""
+
+    kind: Literal["local"] = "local"
+    path: str = Field(description="Relative to the working directory, or absolute.")
+
+
+class Partition(Strict):
+    """A label-skewed part, as one client of federated learning would hold: all rows pooled, dealt
+    out to `parts` with shares of each class drawn from a Dirichlet distribution."""
+
+    alpha: float = Field(1.0, gt=0, description="Concentration; small: few classes a part.")
+    parts: int = Field(10, ge=2)
+    part: int = Field(0, ge=0)
+    test: float = Field(0.2, gt=0, lt=1, description="Share of the part that is its test split.")
+
+    @model_validator(mode="after")
+    def _a_part(self) -> Partition:
+        if self.part >= self.parts:
+            raise ValueError(f"part must be below parts = {self.parts}")
+        return self
 
 
 class TaskEntry(Entry):
     """Examples, fixed splits and a batch size."""
 
-    loader: str = Field(description="Module in `costbp/tasks/` that reads the examples.")
-    asset: str | None = Field(None, description="Name in assets.yaml; none: installed packages.")
+    loader: str = Field(description="Module in `costbp/tasks/` that says what a row means.")
+    data: Annotated[AssetData | HubData | LocalData, Field(discriminator="kind")] | None = Field(
+        None, description="Where the rows are; none: the module makes or finds them itself."
+    )
     batch_size: int = Field(ge=1)
     max_length: int = Field(ge=4, description="Tokens; longer examples are cut and counted.")
+    train: int | None = Field(
+        None, ge=1, description="Examples of the training split; default: what is left."
+    )
     validation: int = Field(ge=1, description="Examples of the validation split.")
     test: int = Field(ge=1, description="Examples of the test split.")
     split_seed: int = Field(0, description="Seed of the one shuffle behind the splits.")
+    partition: Partition | None = Field(None, description="A label-skewed part instead of all.")
+    scoring: Literal["likelihood", "generation"] = Field(
+        "likelihood",
+        description="How a language model chooses among a task's answers: the likeliest, or what "
+        "it writes. The test split is scored both ways.",
+    )
+
+    @property
+    def asset(self) -> str | None:
+        """Name of the asset that holds the rows, if any."""
+        return self.data.asset if isinstance(self.data, AssetData) else None
 
 
 class BudgetEntry(Entry):

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from costbp.config.catalog import (
-    AssetSource,
-    ConfigSource,
-    HeadTraining,
-    LoraTraining,
-    ModelEntry,
-    RandomSource,
-)
+from costbp.config.catalog import ConfigSource, FullTraining, ModelEntry
 from costbp.errors import UserError
-from costbp.models.tokenizer import Tokenizer, hashed, pretrained
+from costbp.models.fusion import Fusion, VisionEncoder
+from costbp.models.trainable import HEADS, Transformer, trainable
+from costbp.models.weights import load_base, vision_file, without_collection
 from costbp.objective import Batch
-
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout")
 
 
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
@@ -56,7 +46,7 @@ class Head(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.classifier(batch["features"])
+        return self.classifier(batch["features"].to(self.classifier.weight.dtype))
 
 
 class Encoder(nn.Module):
@@ -76,7 +66,7 @@ class Encoder(nn.Module):
 class Classifier(nn.Module):
     """An encoder with a linear head; returns logits [n, classes]."""
 
-    def __init__(self, encoder: Encoder, classes: int) -> None:
+    def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = Head(encoder.width, classes)
@@ -85,111 +75,55 @@ class Classifier(nn.Module):
         return self.head({"features": self.encoder(batch)})
 
 
-def asset_folder(source: AssetSource, assets: Path) -> Path:
-    """The transformers folder of an asset source.
-
-    Raises:
-        UserError: the asset has not been fetched.
-    """
-    folder = assets / source.asset / source.folder
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model asset '{source.asset}' is not in {assets}; run `costbp assets`")
-    return folder
-
-
-def load_tokenizer(model: ModelEntry, assets: Path) -> Tokenizer:
-    """The tokenizer that belongs to a model."""
-    assert not isinstance(model.source, ConfigSource), "a study with such a model isn't loaded"
-    if isinstance(model.source, RandomSource):
-        return hashed(int(model.source.config["vocab_size"]))
-    return pretrained(asset_folder(model.source, assets))
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """No garbage collection while transformers and peft are imported: there is no garbage then, and
-    looking for it takes a fifth of the ten seconds."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_without_collection()
 def load_encoder(model: ModelEntry, assets: Path) -> Encoder:
-    """The base model, all of it trainable; eager attention, since the fused kernel has no
-    forward-mode rule and is not seen by the FLOP counter."""
-    from transformers import AutoConfig, AutoModel
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    source = model.source
-    assert not isinstance(source, ConfigSource), "a study with such a model isn't loaded"
-    if isinstance(source, RandomSource):
-        config = AutoConfig.for_model(source.model_type, **source.config)
-    else:
-        config = AutoConfig.from_pretrained(asset_folder(source, assets), local_files_only=True)
-    for name in DROPOUTS:
-        if hasattr(config, name):
-            setattr(config, name, model.dropout)
-    config.use_cache = False
-    eager: dict[str, Any] = {"config": config, "attn_implementation": "eager"}
-    if isinstance(source, RandomSource):
-        torch.manual_seed(source.seed)
-        return Encoder(AutoModel.from_config(**eager), model.pooling)
-    folder = asset_folder(source, assets)
-    loaded = AutoModel.from_pretrained(folder, local_files_only=True, **eager)
-    return Encoder(loaded, model.pooling)
+    """The base model of form ``encoder``, all of it trainable."""
+    return Encoder(load_base(model, assets), model.pooling)
 
 
 @torch.no_grad()
 def features(encoder: Encoder, batch: Batch) -> Tensor:
-    """What the frozen base hands to a head, [n, hidden]."""
-    return encoder.eval()(batch)
+    """What the frozen base hands to a head, [n, hidden], in float32."""
+    return encoder.eval()(batch).float()
 
 
-@_without_collection()
-def _lora(model: ModelEntry, classes: int, assets: Path, seed: int, width: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    training = model.train
-    assert isinstance(training, LoraTraining)
-    encoder = load_encoder(model, assets)
-    torch.manual_seed(seed)
-    try:
-        encoder.model = get_peft_model(
-            encoder.model,
-            LoraConfig(
-                r=training.rank,
-                lora_alpha=training.alpha,  # type: ignore[arg-type]
-                lora_dropout=training.dropout,
-                target_modules=list(training.targets),
-            ),
-        )
-    except ValueError as error:
-        raise UserError(
-            f"models.yaml: train.targets = {list(training.targets)} match no layer of "
-            f"{type(encoder.model).__name__}"
-        ) from error
-    return Classifier(encoder, classes)
-
-
-def _head(model: ModelEntry, classes: int, assets: Path, seed: int, width: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return Head(width, classes)
-
-
-BUILDERS: dict[type, Callable[..., nn.Module]] = {LoraTraining: _lora, HeadTraining: _head}
-
-
+@without_collection()
 def build_model(model: ModelEntry, classes: int, assets: Path, seed: int, width: int) -> nn.Module:
     """The module to be trained, in training mode; adapters and head are drawn from ``seed``.
 
     Args:
+        classes: 0 where answers are free text.
         width: length of a cached feature vector; 0 where the model reads tokens.
+
+    Raises:
+        UserError: weights are missing or not readable, or the entry asks for what can't be.
     """
-    return BUILDERS[type(model.train)](model, classes, assets, seed, width).train()
+    if width:
+        torch.manual_seed(seed)
+        return Head(width, classes).train()
+    source = model.source
+    if isinstance(source, ConfigSource) and source.loss_chunk is not None:
+        raise UserError(f"model '{model.label}': source.loss_chunk serves `costbp cost` alone")
+    base: Any = load_base(model, assets, classes if source.form == "classifier" else 0)
+    torch.manual_seed(seed)
+    if model.writes_text or source.form == "classifier":
+        if source.form == "classifier":
+            _draw(base)
+        vocabulary = base.config.get_text_config().vocab_size if model.writes_text else 0
+        return Transformer(trainable(base, source.form, model.train), vocabulary).train()
+    if isinstance(model.train, FullTraining) and getattr(base, "pooler", None) is not None:
+        base.pooler.requires_grad_(False)  # its output is not read
+    adapted = trainable(base, source.form, model.train)
+    if source.form == "fusion":
+        vision = VisionEncoder(vision_file(model, assets))
+        return Classifier(Fusion(adapted, vision, POOLINGS[model.pooling]), classes).train()
+    return Classifier(Encoder(adapted, model.pooling), classes).train()
+
+
+def _draw(base: Any) -> None:
+    """A classifier's head anew, from the current seed, as transformers initialises it."""
+    head = next(getattr(base, name) for name in HEADS if hasattr(base, name))
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=base.config.initializer_range)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -5,40 +5,21 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from costbp.config.catalog import ConfigSource, FullTraining, HeadTraining, LoraTraining
+from costbp.config.catalog import ConfigSource, FullTraining, LoraTraining
 from costbp.errors import UserError
 from costbp.models.loss import ChunkedLoss, already, cross_entropy
-from costbp.models.quantised import QuantisedLinear
+from costbp.models.quantised import QuantisedLinear, replace_packed
+from costbp.models.trainable import Training, Transformer, trainable
 from costbp.objective import Batch, Objective
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-HEADS = ("classifier", "score", "lm_head")  # trained in full beside adapters, never quantised
 PATCHES = 20  # a side of an image
-VISION = "visual"  # tower that the 4-bit releases leave as it is
-Training = LoraTraining | HeadTraining | FullTraining
-
-
-class Transformer(nn.Module):
-    """A transformers model called with a batch; returns logits.
-
-    Args:
-        vocabulary: width of the logits of a language model; 0 for a classifier.
-    """
-
-    def __init__(self, model: nn.Module, vocabulary: int = 0) -> None:
-        super().__init__()
-        self.model = model
-        self.vocabulary = vocabulary
-
-    def forward(self, batch: Batch) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits: Tensor = self.model(**inputs).logits
-        return logits
 
 
 def transformers_config(values: Mapping[str, Any], classes: int = 4) -> Any:
@@ -122,8 +103,8 @@ def build_full_size(
             raise UserError(
                 "source.bits = 4: a packed base can't be trained in full; use train lora"
             )
-        _quantise(model, source.group)
-    model = _trainable(model, source.form, train, adapters_at_zero)
+        replace_packed(model, partial(QuantisedLinear, group=source.group))
+    model = trainable(model, source.form, train, adapters_at_zero=adapters_at_zero)
     vocabulary = 0 if source.form == "classifier" else config.get_text_config().vocab_size
     if source.loss_chunk is None or not vocabulary:
         return Objective(Transformer(model, vocabulary).train(), cross_entropy)
@@ -131,65 +112,6 @@ def build_full_size(
     head = whole.get_output_embeddings()
     chunked = ChunkedLoss(whole.model, head, source.loss_chunk, vocabulary)
     return Objective(chunked.train(), already)
-
-
-def _quantise(model: nn.Module, group: int) -> None:
-    """Replace the linear layers of the language model's blocks."""
-    for name, layer in list(model.named_modules()):
-        parts = name.split(".")
-        if type(layer) is nn.Linear and not {*HEADS, VISION} & set(parts):
-            parent = model.get_submodule(".".join(parts[:-1]))
-            setattr(parent, parts[-1], QuantisedLinear(layer, group))
-
-
-def _trainable(model: Any, form: str, train: Training, adapters_at_zero: bool) -> nn.Module:
-    if isinstance(train, FullTraining):
-        return model
-    model.requires_grad_(False)
-    head = next((name for name in HEADS if hasattr(model, name)), "")
-    if isinstance(train, HeadTraining):
-        if form == "classifier":
-            getattr(model, head).requires_grad_(True)
-        else:  # untied from the embedding, which stays frozen
-            output = model.get_output_embeddings()
-            output.weight = nn.Parameter(output.weight.detach().clone())
-        return _in_float32(model)
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=train.rank,
-                lora_alpha=train.alpha,  # type: ignore[arg-type]
-                lora_dropout=train.dropout,
-                target_modules=list(train.targets),
-                modules_to_save=[head] if form == "classifier" else None,
-                init_lora_weights=adapters_at_zero,
-            ),
-        )
-    except ValueError as error:
-        raise UserError(
-            f"train.targets = {list(train.targets)} match no layer of {type(model).__name__}"
-        ) from error
-    return _in_float32(model)
-
-
-def _in_float32(model: nn.Module) -> nn.Module:
-    """Trained parameters in float32; a head that is trained gets its input in float32, too."""
-    for module in model.modules():
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        for parameter in own:
-            if parameter.dtype != torch.float32 and parameter.is_floating_point():
-                parameter.data = parameter.data.float()
-        if own and type(module) is nn.Linear:
-            module.register_forward_pre_hook(_cast_input)
-    return model
-
-
-def _cast_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    weight: Any = module.weight
-    return (inputs[0].to(weight.dtype), *inputs[1:])
 
 
 def sample_batch(config: Any, form: str, batch: int, length: int, classes: int = 4) -> Batch:

@@ -18,8 +18,14 @@ from safetensors.torch import save_file
 from costbp.config.study import Plan
 from costbp.errors import UserError
 from costbp.files import atomic
-from costbp.models.build import Encoder, features, load_encoder, load_tokenizer
-from costbp.tasks.base import SPLITS, Split, read_examples, split
+from costbp.models.build import Encoder, features, load_encoder
+from costbp.models.encode import choices, encode
+from costbp.models.images import image_tokens, pixels_of, processor_settings, store_images
+from costbp.models.weights import load_tokenizer
+from costbp.tasks.base import Example, load_task
+from costbp.tasks.encoded import Split
+from costbp.tasks.sources import read_examples
+from costbp.tasks.splits import SPLITS, split
 
 FEATURE_BATCH = 64
 
@@ -30,13 +36,20 @@ class Prepared:
 
     Attributes:
         splits: train, validation, test.
-        names: class names.
-        facts: counts, majority share, truncated examples, form ("tokens" or "features").
+        names: class names; none where answers are free text.
+        facts: counts, majority share, truncated examples, form ("tokens" or "features"), and
+            ``choices``, the token ids of each name for models that write text.
     """
 
     splits: dict[str, Split]
     names: list[str]
     facts: dict[str, Any]
+
+    @property
+    def choices(self) -> list[list[int]]:
+        """Token ids of each name, for models that write text."""
+        found: list[list[int]] = self.facts.get("choices", [])
+        return found
 
     @property
     def width(self) -> int:
@@ -46,52 +59,84 @@ class Prepared:
 
 
 def prepare(plan: Plan, model: str, task: str) -> Path:
-    """Encode a pair's splits unless the cache has them; returns the file."""
+    """Encode a pair's splits unless the cache has them; returns the file.
+
+    Raises:
+        UserError: whatever keeps the pair from being trained: a source or column that isn't there,
+            free text for a classifier, images for a model that sees none.
+    """
     path = plan.prepared(model, task)
     if path.exists():
         return path
     entry, data = plan.catalog.models[model], plan.catalog.tasks[task]
+    definition = load_task(data.loader)
+    if not (entry.writes_text or definition.names):
+        raise UserError(
+            f"model '{model}' puts out classes, and the answers of task '{task}' are free text; "
+            "use a model of form causal or image_text"
+        )
     assets = plan.study.paths.cache / "assets"
-    examples = read_examples(data, task, assets)
-    tokenizer = load_tokenizer(entry, assets)
+    parts = split(read_examples(data, task, assets), data, task)
+    seen = any(e.image is not None for e in parts["train"])
+    if (seen and not entry.sees) or (entry.source.form == "fusion" and not seen):
+        verb = "has images, and model '{}' reads none" if seen else "has no images for model '{}'"
+        raise UserError(f"task '{task}' {verb.format(model)}; use a model of another form")
+    words = load_tokenizer(entry, assets)
     tensors: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {
         "form": "features" if entry.reads_features else "tokens",
-        "names": examples.names,
+        "names": list(definition.names),
+        "pad": words.pad,
+        "choices": choices(definition, entry, words) if entry.writes_text else [],
         "majority": {},
         "examples": {},
         "truncated": {},
+        "images": None,
     }
+    images = image_tokens(entry, assets) if seen and entry.writes_text else None
+    if seen:
+        processor = processor_settings(entry, assets) if entry.writes_text else None
+        facts["images"] = store_images(parts, path, entry.source.image_side, processor)
+        facts["image_token"] = images.token if images is not None else None
     encoder = load_encoder(entry, assets) if entry.reads_features else None
-    for name, part in split(examples, data).items():
-        rows = tokenizer(part.texts)
-        facts["majority"][name] = part.majority
+    for name, part in parts.items():
+        encoded = encode(part, entry, definition, data.max_length, words, images)
+        facts["majority"][name] = definition.majority(part)
         facts["examples"][name] = len(part)
-        facts["truncated"][name] = sum(len(row) > data.max_length for row in rows)
-        rows = [_cut(row, data.max_length) for row in rows]
-        offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-        ids = torch.tensor([token for row in rows for token in row])
-        encoded = Split(ids, torch.tensor(part.labels), offsets)
+        facts["truncated"][name] = encoded.truncated
+        offsets = torch.tensor([0, *(len(row) for row in encoded.rows)]).cumsum(0)
+        ids = torch.tensor([token for row in encoded.rows for token in row])
+        place = {label: index for index, label in enumerate(definition.names)}
+        labels = torch.tensor([place.get(e.answer, -1) for e in part])
+        one = Split(ids, labels, offsets, pad=words.pad)
         if encoder is not None:
-            encoded = _with_features(encoder, encoded)
-        tensors[f"{name}.values"] = encoded.values
-        tensors[f"{name}.labels"] = encoded.labels
-        if encoded.offsets is not None:
-            tensors[f"{name}.offsets"] = encoded.offsets
+            one = _with_features(encoder, one)
+        tensors[f"{name}.values"] = one.values
+        tensors[f"{name}.labels"] = one.labels
+        if one.offsets is not None:
+            tensors[f"{name}.offsets"] = one.offsets
+        if encoded.starts:
+            tensors[f"{name}.starts"] = torch.tensor(encoded.starts)
+        if name != "train":
+            tensors[f"{name}.examples"] = _packed(part)
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
     return path
 
 
-def _cut(row: list[int], length: int) -> list[int]:
-    """A row of at most ``length`` tokens that keeps its closing token."""
-    return row if len(row) <= length else [*row[: length - 1], row[-1]]
+def _packed(examples: list[Example]) -> torch.Tensor:
+    """What scoring needs, as bytes of JSON [n]."""
+    kept = [[e.answer, list(e.references), e.group] for e in examples]
+    return torch.frombuffer(bytearray(json.dumps(kept).encode()), dtype=torch.uint8)
+
+
+def _unpacked(data: torch.Tensor) -> tuple[Example, ...]:
+    kept = json.loads(bytes(data.tolist()))
+    return tuple(Example("", answer, "", tuple(more), group) for answer, more, group in kept)
 
 
 def _with_features(encoder: Encoder, tokens: Split) -> Split:
-    order = torch.arange(len(tokens))
-    if tokens.offsets is not None:
-        order = (tokens.offsets[1:] - tokens.offsets[:-1]).argsort(stable=True)
+    order = tokens.order()
     found = torch.cat(
         [features(encoder, tokens.batch(part)) for part in order.split(FEATURE_BATCH)]
     )
@@ -111,15 +156,22 @@ def load_prepared(path: Path) -> Prepared:
     try:
         with safe_open(path, framework="pt") as stream:
             facts = json.loads(stream.metadata()["facts"])
-            keys = set(stream.keys())
-            splits = {
-                name: Split(
-                    stream.get_tensor(f"{name}.values"),
-                    stream.get_tensor(f"{name}.labels"),
-                    stream.get_tensor(f"{name}.offsets") if f"{name}.offsets" in keys else None,
-                )
-                for name in SPLITS
-            }
+            found = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+            splits = {name: _split(name, found, facts, path) for name in SPLITS}
     except Exception as error:
         raise UserError(f"{path}: is damaged ({error}); delete it and run again") from error
     return Prepared(splits, facts["names"], facts)
+
+
+def _split(name: str, found: dict[str, torch.Tensor], facts: dict[str, Any], path: Path) -> Split:
+    packed = found.get(f"{name}.examples")
+    return Split(
+        found[f"{name}.values"],
+        found[f"{name}.labels"],
+        found.get(f"{name}.offsets"),
+        found.get(f"{name}.starts"),
+        facts.get("pad", 0),
+        facts.get("image_token"),
+        pixels_of(facts["images"], name, path) if facts.get("images") else None,
+        _unpacked(packed) if packed is not None else (),
+    )

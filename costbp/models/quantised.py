@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from costbp.errors import UserError
+from costbp.models.trainable import HEADS
+
+VISION = "visual"
 
 
-class QuantisedLinear(nn.Linear):
-    """``nn.Linear`` with a frozen weight in groups of 4-bit integers around 8, each group along the
-    inputs with a scale of its own: (4 + 16 / group) bits a weight.
+class PackedLinear(nn.Linear):
+    """``nn.Linear`` with a frozen weight that is packed. The weight in full exists for one product at
+    a time, forward and backward, and is never saved.
 
-    Rounding is to the nearest; GPTQ's calibrated rounding stores the same bytes. The weight in full
-    exists for one product at a time, forward and backward, and is never saved.
+    Args:
+        layer: what is replaced; its bias is kept.
+    """
+
+    tangent_rule = True  # forward mode is told that packed weights are safe here
+
+    def __init__(self, layer: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_parameter("weight", None)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in full."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits=4"
+
+
+class QuantisedLinear(PackedLinear):
+    """Weights in groups of 4-bit integers around 8, each group along the inputs with a scale of its
+    own: (4 + 16 / group) bits a weight, rounded to the nearest.
 
     Args:
         layer: what is replaced; its weight may be on meta.
@@ -28,30 +56,32 @@ class QuantisedLinear(nn.Linear):
 
     qweight: Tensor
     scales: Tensor
-    tangent_rule = True  # forward mode is told that packed weights are safe here
 
     def __init__(self, layer: nn.Linear, group: int) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        super().__init__(layer)
         if self.in_features % group:
             raise UserError(
                 f"source.group = {group} does not divide the {self.in_features} inputs of a layer"
             )
         packed, scales = quantise(layer.weight.detach(), group)
-        self.register_parameter("weight", None)
         self.register_buffer("qweight", packed)
         self.register_buffer("scales", scales)
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] in full."""
         return dequantise(self.qweight, self.scales).to(dtype)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits=4"
+
+def is_packed(name: str, layer: nn.Module) -> bool:
+    """Whether a 4-bit base packs the layer of this dotted name: linear layers but for heads, which
+    may be trained, and the vision tower, which the 4-bit releases leave as it is."""
+    return type(layer) is nn.Linear and not {*HEADS, VISION} & set(name.split("."))
+
+
+def replace_packed(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put ``make(layer)`` in the place of each layer that a 4-bit base packs."""
+    for name, layer in list(model.named_modules()):
+        if is_packed(name, layer):
+            model.set_submodule(name, make(cast(nn.Linear, layer)))
 
 
 def quantise(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +108,7 @@ class _Product(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, layer: QuantisedLinear) -> Tensor:
+    def forward(x: Tensor, layer: PackedLinear) -> Tensor:
         return F.linear(x, layer.unpacked(x.dtype), layer.bias)
 
     @staticmethod

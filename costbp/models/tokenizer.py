@@ -1,33 +1,142 @@
-"""Token ids for a text, from a model's own tokenizer or, for random weights, by hashing words."""
+"""Token ids for texts: a model's own tokenizer or, for random weights, hashed words or bytes."""
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-Tokenizer = Callable[[Sequence[str]], list[list[int]]]
+from costbp.errors import UserError
+
 FIRST, LAST, RESERVED = 1, 2, 3
 
 
-def hashed(vocab_size: int) -> Tokenizer:
-    """Words and punctuation marks hashed (CRC-32) into ``vocab_size`` ids; 0 pads, 1 and 2 frame."""
+class Tokenizer(Protocol):
+    """What encoding needs of a tokenizer.
 
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        words = (re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts)
-        span = vocab_size - RESERVED
+    Attributes:
+        pad: token id of padding.
+        end: token id that ends a text; None where there is none.
+    """
+
+    pad: int
+    end: int | None
+
+    def rows(self, texts: Sequence[str], contexts: Sequence[str] | None = None) -> list[list[int]]:
+        """Token ids of texts, or of pairs, framed by the model's special tokens."""
+        ...
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a text without special tokens."""
+        ...
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        ...
+
+    def chat(self, content: str, image: bool) -> str:
+        """A user's message, and the opening of the answer, as the model's chat template has it.
+
+        Raises:
+            UserError: there is no template.
+        """
+        ...
+
+
+class Hashed:
+    """Words and punctuation marks hashed (CRC-32) into ``size`` ids; 0 pads, 1 and 2 frame."""
+
+    pad = 0
+    end: int | None = LAST
+
+    def __init__(self, size: int) -> None:
+        self.span = size - RESERVED
+
+    def plain(self, text: str) -> list[int]:
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        return [RESERVED + zlib.crc32(word.encode()) % self.span for word in words]
+
+    def rows(self, texts: Sequence[str], contexts: Sequence[str] | None = None) -> list[list[int]]:
+        pairs = zip(texts, contexts or [""] * len(texts), strict=True)
         return [
-            [FIRST, *(RESERVED + zlib.crc32(w.encode()) % span for w in found), LAST]
-            for found in words
+            [FIRST, *self.plain(text), LAST, *([*self.plain(context), LAST] if context else [])]
+            for text, context in pairs
         ]
 
-    return encode
+    def text(self, ids: Sequence[int]) -> str:
+        return " ".join(f"<{token}>" for token in ids if token >= RESERVED)
+
+    def chat(self, content: str, image: bool) -> str:
+        raise UserError(
+            "a model with random weights has no chat template: set source.chat to false"
+        )
 
 
-def pretrained(folder: Path) -> Tokenizer:
-    """The tokenizer saved in a transformers folder."""
-    from transformers import AutoTokenizer
+class Bytes(Hashed):
+    """UTF-8 bytes as tokens: 0 pads, 1 and 2 frame."""
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return lambda texts: tokenizer(list(texts), verbose=False)["input_ids"]
+    def __init__(self, size: int) -> None:
+        if size < 256 + RESERVED:
+            raise UserError(f"source.config.vocab_size = {size}: bytes as tokens need 259")
+
+    def plain(self, text: str) -> list[int]:
+        return [RESERVED + byte for byte in text.encode()]
+
+    def text(self, ids: Sequence[int]) -> str:
+        kept = bytes(token - RESERVED for token in ids if RESERVED <= token < 256 + RESERVED)
+        return kept.decode(errors="replace")
+
+
+class Pretrained:
+    """The tokenizer saved in a transformers folder.
+
+    Raises:
+        UserError: there is none, or it has nothing to pad with.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.inner: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(f"{folder}: no tokenizer that can be read ({reason})") from error
+        inner = self.inner
+        self.end = inner.eos_token_id if inner.eos_token_id is not None else inner.sep_token_id
+        if inner.pad_token_id is None and self.end is None:
+            raise UserError(
+                f"{folder}: its tokenizer has neither a pad token nor one that ends a text; set "
+                "pad_token in tokenizer_config.json"
+            )
+        self.pad = inner.pad_token_id if inner.pad_token_id is not None else self.end
+
+    def rows(self, texts: Sequence[str], contexts: Sequence[str] | None = None) -> list[list[int]]:
+        pairs = [list(texts)] if contexts is None else [list(texts), list(contexts)]
+        found: list[list[int]] = self.inner(*pairs, verbose=False)["input_ids"]
+        return found
+
+    def plain(self, text: str) -> list[int]:
+        found: list[int] = self.inner(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    def text(self, ids: Sequence[int]) -> str:
+        found: str = self.inner.decode(list(ids), skip_special_tokens=True)
+        return found
+
+    def chat(self, content: str, image: bool) -> str:
+        if self.inner.chat_template is None:
+            raise UserError(
+                f"{self.inner.name_or_path}: its tokenizer has no chat template: set source.chat "
+                "to false"
+            )
+        parts: Any = content
+        if image:
+            parts = [{"type": "image"}, {"type": "text", "text": content}]
+        message = [{"role": "user", "content": parts}]
+        found: str = self.inner.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True
+        )
+        return found

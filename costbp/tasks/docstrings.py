@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from costbp.errors import UserError
-from costbp.tasks.base import Examples, distinct
+from costbp.tasks.base import POOL, Example, Row, Task, named
 
 NAMES = ("pandas", "scipy", "matplotlib", "sklearn")
 PER_CLASS = 700
@@ -20,24 +20,35 @@ LENGTH = range(60, 400)  # characters
 MASK = re.compile(r"\b(pandas|pd|scipy|matplotlib|mpl|plt|pyplot|sklearn|scikit-learn)\b", re.I)
 
 
-def read(folder: Path) -> Examples:
+def rows(folder: Path) -> Iterator[tuple[str, Row]]:
     """Up to 700 paragraphs of each library.
 
     Raises:
         UserError: one of the libraries is not installed.
     """
-    pairs = []
     for name in NAMES:
-        spec = find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"task 'docstrings' reads the package '{name}': pip install {name}")
-        found: dict[str, None] = {}
-        for path in _shuffled(Path(spec.submodule_search_locations[0])):
-            found.update(dict.fromkeys(_paragraphs(path)))
-            if len(found) >= PER_CLASS:
-                break
-        pairs += [(text, name) for text in list(found)[:PER_CLASS]]
-    return distinct(pairs, NAMES)
+        yield from ((POOL, {"text": text, "label": name}) for text in paragraphs(name))
+
+
+def paragraphs(name: str) -> list[str]:
+    """Up to 700 distinct first paragraphs of a library's docstrings.
+
+    Raises:
+        UserError: the library is not installed.
+    """
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"task 'docstrings' reads the package '{name}': pip install {name}")
+    found: dict[str, None] = {}
+    for path in _shuffled(Path(spec.submodule_search_locations[0])):
+        found.update(dict.fromkeys(_paragraphs(path)))
+        if len(found) >= PER_CLASS:
+            break
+    return list(found)[:PER_CLASS]
+
+
+def example(row: Row) -> Example:
+    return Example(row["text"], named(row["label"], NAMES))
 
 
 def _shuffled(root: Path) -> list[Path]:
@@ -53,3 +64,12 @@ def _paragraphs(path: Path) -> Iterator[str]:
             paragraph = " ".join(MASK.sub("_", text.split("\n\n")[0]).split())
             if len(paragraph) in LENGTH:
                 yield paragraph
+
+
+TASK = Task(
+    example=example,
+    columns=("text", "label"),
+    names=NAMES,
+    rows=rows,
+    instruction=f"Which library does this document: {', '.join(NAMES)}? Answer:",
+)

@@ -2,20 +2,32 @@
 ratings between -4 and 4 (Hutto and Gilbert 2014). Neither SST-2 nor the official MR labels.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from costbp.tasks.base import Examples, distinct
+from costbp.tasks.base import POOL, Example, Row, Task, named
 
 NAMES = ("negative", "positive")
 UNDECIDED = 0.5  # snippets whose mean rating is nearer to zero are left out
 
 
-def read(folder: Path) -> Examples:
-    """Distinct snippets whose mean rating is at least 0.5 away from neutral."""
+def rows(folder: Path) -> Iterator[tuple[str, Row]]:
+    """Snippets whose mean rating is at least 0.5 away from neutral."""
     lines = (folder / "movie_reviews.txt").read_text(encoding="latin-1").splitlines()
-    pairs = []
     for line in lines[1:]:
         _, rating, text = line.split("\t")
         if abs(float(rating)) >= UNDECIDED:
-            pairs.append((" ".join(text.split()), NAMES[float(rating) > 0]))
-    return distinct(pairs, NAMES)
+            yield POOL, {"text": " ".join(text.split()), "label": float(rating) > 0}
+
+
+def example(row: Row) -> Example:
+    return Example(row["text"], named(row["label"], NAMES))
+
+
+TASK = Task(
+    example=example,
+    columns=("text", "label"),
+    names=NAMES,
+    rows=rows,
+    instruction="Is the review negative or positive? Answer:",
+)

@@ -4,19 +4,31 @@ The file is a concatenation of nested training subsets, so each question is kept
 500-question test set is not among them: accuracies are not comparable with published TREC figures.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from costbp.tasks.base import Examples, distinct
+from costbp.tasks.base import POOL, Example, Row, Task, named
 
 NAMES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 
 
-def read(folder: Path) -> Examples:
-    """Distinct questions with their coarse class, the part of the label before the colon."""
+def rows(folder: Path) -> Iterator[tuple[str, Row]]:
+    """Questions with their coarse class, the part of the label before the colon."""
     lines = (folder / "question_labels.txt").read_text(encoding="latin-1").splitlines()
-    pairs = []
     for line in lines:
         label, _, question = line.strip().partition(" ")
         if question:
-            pairs.append((" ".join(question.split()), label.partition(":")[0]))
-    return distinct(pairs, NAMES)
+            yield POOL, {"text": " ".join(question.split()), "label": label.partition(":")[0]}
+
+
+def example(row: Row) -> Example:
+    return Example(row["text"], named(row["label"], NAMES))
+
+
+TASK = Task(
+    example=example,
+    columns=("text", "label"),
+    names=NAMES,
+    rows=rows,
+    instruction=f"What does the question ask for? One of {', '.join(NAMES)}:",
+)

@@ -162,6 +162,6 @@ def _metrics(record: Record, steps: pd.DataFrame, start: int) -> Iterator[Any]:
         for row in values.iloc[::stride][["step", "seconds", column]].itertuples(index=False):
             yield Metric(column, float(row[2]), start + int(1000 * row[1]), int(row[0]))
     when = int(record.finished.timestamp() * 1000)
-    for name, value in record.summary.model_dump().items():
+    for name, value in record.summary.figures().items():
         if value is not None:
             yield Metric(f"final.{name}", float(value), when, record.summary.steps)

@@ -118,7 +118,7 @@ def _build(
     counter = costs.setdefault(
         plan.cost_key(*spec.cell[:3]), CostCounter(build_estimator(spec.method))
     )
-    return Run(spec, module, data, device, counter)
+    return Run(spec, module, data, device, counter, assets)
 
 
 def run(one: Run, folder: Path, stop: Stop, *, test: bool) -> Record:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +24,12 @@ from costbp.estimators import Estimate, build_estimator
 from costbp.measure.step import CostCounter, StepCost, resident_bytes
 from costbp.models.loss import cross_entropy
 from costbp.models.prepare import Prepared
+from costbp.models.weights import load_tokenizer
 from costbp.objective import Batch, Key, Objective
-from costbp.tasks.base import Split
+from costbp.tasks.base import load_task
+from costbp.tasks.encoded import Split
 from costbp.train.record import Outcome, Summary
+from costbp.train.scores import Scorer, Scores, Scoring, to_device
 
 SMOOTHING = 0.9  # of the training loss that decides on divergence
 
@@ -92,27 +97,6 @@ class Progress:
 Watcher = Callable[[Progress], None]
 
 
-@torch.no_grad()
-def evaluate(module: nn.Module, batches: Iterator[Batch]) -> tuple[float, float]:
-    """Accuracy and mean loss over ``batches``, in evaluation mode."""
-    was_training = module.training
-    module.eval()
-    right = count = 0
-    loss = 0.0
-    for batch in batches:
-        logits = module(batch)
-        labels = batch["labels"]
-        right += int((logits.argmax(-1) == labels).sum())
-        loss += float(cross_entropy(logits, batch)) * len(labels)
-        count += len(labels)
-    module.train(was_training)
-    return right / count, loss / count
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return batch if device.type == "cpu" else {k: v.to(device) for k, v in batch.items()}
-
-
 class Run:
     """One seed of one experiment.
 
@@ -122,6 +106,7 @@ class Run:
         data: encoded splits.
         device: where it runs.
         costs: counter shared by runs of one experiment, whose steps cost the same.
+        assets: folder of what was fetched, for the tokenizer that reads written answers.
     """
 
     def __init__(
@@ -131,6 +116,7 @@ class Run:
         data: Prepared,
         device: torch.device,
         costs: CostCounter | None = None,
+        assets: Path = Path(),
     ) -> None:
         self.spec, self.data, self.device = spec, data, device
         self.module = module.to(device)
@@ -140,6 +126,13 @@ class Run:
         self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
         self.state = State()
         self.cost_of = costs or CostCounter(self.estimator)
+        self.scorer = Scorer(
+            data,
+            load_task(spec.task.loader),
+            spec.evaluation.batch_size,
+            device,
+            partial(load_tokenizer, spec.model, assets),
+        )
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -262,26 +255,36 @@ class Run:
         return ""
 
     def _evaluate(self) -> float:
-        accuracy, loss = self._score("validation")
-        state = self.state
+        found, state = self._score("validation", self.spec.task.scoring), self.state
         state.rows.append(
             {
                 "step": state.step,
                 "forward_units": state.units,
                 "flops": state.flops,
                 "seconds": state.seconds,
-                "validation_accuracy": accuracy,
-                "validation_loss": loss,
+                "validation_accuracy": found.accuracy,
+                "validation_loss": found.loss,
             }
         )
-        return accuracy
+        return found.accuracy
 
-    def _score(self, split: str) -> tuple[float, float]:
+    def _score(self, split: str, scoring: Scoring) -> Scores:
         start = self._clock()
-        batches = self.data.splits[split].ordered(self.spec.evaluation.batch_size)
-        result = evaluate(self.module, (to_device(b, self.device) for b in batches))
+        found = self.scorer(self.module, split, scoring)
         self.state.evaluation_seconds += self._clock() - start
-        return result
+        return found
+
+    def _tested(self) -> tuple[Scores, dict[str, float]]:
+        """The test split scored as the task says, and all its metrics; those of a language model
+        that chooses among names also the other way."""
+        scoring = self.spec.task.scoring
+        main = self._score("test", scoring)
+        metrics = dict(main.metrics)
+        if self.spec.model.writes_text and self.data.names:
+            other: Scoring = "generation" if scoring == "likelihood" else "likelihood"
+            for name, value in self._score("test", other).metrics.items():
+                metrics[f"{name}_by_{other}"] = value
+        return main, metrics
 
     # --- what is recorded ------------------------------------------------------------------------
 
@@ -295,12 +298,13 @@ class Run:
         state = self.state
         accuracies = [r["validation_accuracy"] for r in state.rows if "validation_accuracy" in r]
         losses = [r["validation_loss"] for r in state.rows if "validation_loss" in r]
-        tested = self._score("test") if test else (None, None)
+        tested, metrics = self._tested() if test else (None, {})
         resident = self.resident()
         weights = resident.pop("weights")
         return Summary(
-            test_accuracy=tested[0],
-            test_loss=_finite(tested[1]),
+            test_accuracy=tested.accuracy if tested else None,
+            test_loss=_finite(tested.loss) if tested else None,
+            test_metrics=metrics,
             validation_accuracy=accuracies[-1] if accuracies else None,
             validation_loss=_finite(losses[-1]) if losses else None,
             best_validation_accuracy=max((a for a in accuracies if a is not None), default=None),

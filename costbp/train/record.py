@@ -38,6 +38,7 @@ class Summary(BaseModel):
 
     Attributes:
         test_accuracy, test_loss: at the end of the budget, on the test split.
+        test_metrics: all that the task's benchmark reports of the test split.
         validation_accuracy, validation_loss: at the last evaluation.
         best_validation_accuracy: the highest of all evaluations.
         steps: optimiser steps taken.
@@ -58,6 +59,7 @@ class Summary(BaseModel):
 
     test_accuracy: float | None = None
     test_loss: float | None = None
+    test_metrics: dict[str, float] = {}
     validation_accuracy: float | None = None
     validation_loss: float | None = None
     best_validation_accuracy: float | None = None
@@ -74,6 +76,11 @@ class Summary(BaseModel):
     majority: float = 0.0
     resumed: int = 0
     non_finite: int = 0
+
+    def figures(self) -> dict[str, float | int | None]:
+        """All of it by name; the test split's metrics are called ``test_`` and their name."""
+        metrics = {f"test_{name}": value for name, value in self.test_metrics.items()}
+        return metrics | self.model_dump(exclude={"test_metrics"})
 
 
 class Record(BaseModel):

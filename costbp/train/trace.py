@@ -33,7 +33,7 @@ from costbp.models.full_size import (
     sample_batch,
     transformers_config,
 )
-from costbp.models.quantised import QuantisedLinear
+from costbp.models.quantised import PackedLinear
 from costbp.objective import Batch, Key, at_work
 from costbp.theory.cost import forward_units
 from costbp.theory.memory import theory_bytes
@@ -106,7 +106,7 @@ class Bench:
         """Weights of the model without adapters, packed ones counted one by one."""
         module, lora = self.objective.module, isinstance(self.entry.train, LoraTraining)
         plain = sum(p.numel() for p in module.parameters() if not (lora and p.requires_grad))
-        packed = [m for m in module.modules() if isinstance(m, QuantisedLinear)]
+        packed = [m for m in module.modules() if isinstance(m, PackedLinear)]
         return plain + sum(m.in_features * m.out_features for m in packed)
 
     @property

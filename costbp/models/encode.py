@@ -1,0 +1,157 @@
+"""Examples as token ids: what a classifier reads, or a prompt and the answer a model is to write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from costbp.config.catalog import ModelEntry
+from costbp.errors import UserError
+from costbp.models.images import ImageTokens
+from costbp.models.tokenizer import Tokenizer
+from costbp.tasks.base import Example, Task
+
+LEAST = 4  # tokens of a prompt that are kept, however long the answer
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows of one split.
+
+    Attributes:
+        rows: token ids of each example.
+        starts: where each answer starts; empty for classifiers.
+        truncated: examples that were cut.
+    """
+
+    rows: list[list[int]]
+    starts: list[int]
+    truncated: int
+
+
+def encode(
+    examples: Sequence[Example],
+    model: ModelEntry,
+    task: Task,
+    limit: int,
+    words: Tokenizer,
+    images: ImageTokens | None = None,
+) -> Encoded:
+    """Token ids of at most ``limit`` tokens an example; a context is cut before a text.
+
+    Args:
+        images: how a model that writes text is shown an image.
+
+    Raises:
+        UserError: the model's tokenizer can't do what its entry asks for.
+    """
+    if model.writes_text:
+        return _prompts(examples, Prompter(model, task, words, images), limit)
+    return _texts(examples, limit, words)
+
+
+def _texts(examples: Sequence[Example], limit: int, words: Tokenizer) -> Encoded:
+    texts = [e.text for e in examples]
+    paired = any(e.context for e in examples)
+    rows = words.rows(texts, [e.context for e in examples] if paired else None)
+    truncated = [index for index, row in enumerate(rows) if len(row) > limit]
+    for index in truncated:
+        context = examples[index].context
+        if context:
+            kept = words.plain(context)[: -(len(rows[index]) - limit) or None]
+            shorter = words.rows([texts[index]], [words.text(kept)])[0]
+            rows[index] = shorter
+        rows[index] = _cut(rows[index], limit)
+    return Encoded(rows, [], len(truncated))
+
+
+def _cut(row: list[int], length: int) -> list[int]:
+    """A row of at most ``length`` tokens that keeps its closing token."""
+    return row if len(row) <= length else [*row[: length - 1], row[-1]]
+
+
+def _prompts(examples: Sequence[Example], prompter: Prompter, limit: int) -> Encoded:
+    rows, starts, truncated = [], [], 0
+    for example, prompt in zip(examples, prompter.all(examples), strict=True):
+        answer = prompter.answer(example.answer)
+        excess = len(prompt) + len(answer) - limit
+        if excess > 0:
+            truncated += 1
+            prompt = prompter.shorter(example, excess)
+            room = max(LEAST, limit - len(answer))
+            if example.image is not None and len(prompt) > room:
+                raise UserError(
+                    f"max_length = {limit}: the image of '{example.text[:40]}' and what belongs to "
+                    f"it take {len(prompt) + len(answer)} tokens; raise it or lower image_side"
+                )
+            prompt = prompt[:room]
+            answer = answer[: limit - len(prompt)]
+        rows.append([*prompt, *answer])
+        starts.append(len(prompt))
+    return Encoded(rows, starts, truncated)
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """How a model that writes text is asked for a task's answers."""
+
+    model: ModelEntry
+    task: Task
+    words: Tokenizer
+    images: ImageTokens | None = None
+
+    def all(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Token ids of each example's prompt."""
+        contents = [content(e, self.task) for e in examples]
+        if self.model.source.chat:
+            seen = [e.image is not None for e in examples]
+            chats = map(self.words.chat, contents, seen)
+            rows = [self.words.plain(chat) for chat in chats]
+        else:
+            rows = [_open(row, self.words.end) for row in self.words.rows(contents)]
+        return [self._shown(row, e) for row, e in zip(rows, examples, strict=True)]
+
+    def answer(self, answer: str) -> list[int]:
+        """Token ids of an answer with the token that ends it."""
+        ids = answer_ids(answer, self.words, chat=self.model.source.chat)
+        return ids if self.words.end is None else [*ids, self.words.end]
+
+    def shorter(self, example: Example, excess: int) -> list[int]:
+        """The prompt with its context, or else its text, cut by ``excess`` tokens; what comes after
+        stays, so that the model is still asked for an answer."""
+        part = example.context or example.text
+        kept = self.words.text(self.words.plain(part)[: -excess or None])
+        short = replace(example, context=kept) if example.context else replace(example, text=kept)
+        return self.all([short])[0]
+
+    def _shown(self, row: list[int], example: Example) -> list[int]:
+        if example.image is None or self.images is None:
+            return row
+        return self.images.shown(row, example.image)
+
+
+def content(example: Example, task: Task) -> str:
+    """What a language model is asked: context, text, instruction."""
+    return "\n".join(part for part in (example.context, example.text, task.instruction) if part)
+
+
+def answer_ids(answer: str, words: Tokenizer, *, chat: bool) -> list[int]:
+    """Token ids of an answer as it continues a prompt: after a blank, or at a chat turn's start."""
+    return words.plain(answer if chat else f" {answer}")
+
+
+def _open(row: list[int], end: int | None) -> list[int]:
+    """A row without the token that would end the text before its answer."""
+    return row[:-1] if len(row) > 1 and row[-1] == end else row
+
+
+def choices(task: Task, model: ModelEntry, words: Tokenizer) -> list[list[int]]:
+    """Token ids of each of a task's answers, none the beginning of another.
+
+    Raises:
+        UserError: two answers are encoded alike.
+    """
+    found = [answer_ids(name, words, chat=model.source.chat) for name in task.names]
+    if len(set(map(tuple, found))) < len(found):
+        raise UserError(f"the answers {', '.join(task.names)} are encoded alike by this tokenizer")
+    return found

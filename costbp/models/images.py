@@ -1,0 +1,206 @@
+"""Images of a pair's examples: kept once as files, turned into tensors when a batch needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from costbp.config.catalog import ModelEntry, RandomSource
+from costbp.errors import UserError
+from costbp.files import ensure_folder
+from costbp.models.weights import weights_folder
+from costbp.objective import Batch
+from costbp.tasks.base import Example
+from costbp.tasks.encoded import Pixels
+
+Settings = dict[str, Any]
+TOWER = {
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
+}
+
+
+def open_image(data: bytes, where: str = "image") -> Image.Image:
+    """The picture in an encoded file, RGB.
+
+    Raises:
+        UserError: it can't be read; names ``where``.
+    """
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0].split(" <")[0]
+        raise UserError(f"{where} can't be read ({reason})") from None
+
+
+def shrunk(picture: Image.Image, side: int) -> Image.Image:
+    """The picture with at most ``side`` x ``side`` pixels in its own proportions."""
+    scale = side / (picture.width * picture.height) ** 0.5
+    if scale >= 1:
+        return picture
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def store_images(
+    parts: Mapping[str, Sequence[Example]], path: Path, side: int, processor: Settings | None
+) -> dict[str, Any]:
+    """Write the splits' images beside a prepared file, each once, under its checksum.
+
+    Args:
+        path: of the prepared file.
+        side: see ``image_side`` of a model.
+        processor: what makes tensors of them (``processor_settings``); None: plain pixels.
+
+    Returns:
+        What ``pixels_of`` needs, by split the name of each example's image.
+
+    Raises:
+        UserError: an image can't be read, or there is no room; nothing is left behind then.
+    """
+    folder = path.with_suffix(".images")
+    shutil.rmtree(folder, ignore_errors=True)
+    ensure_folder(folder)
+    try:
+        names = {split: [_keep(e, folder) for e in part] for split, part in parts.items()}
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return {"side": side, "processor": processor, "names": names}
+
+
+def _keep(example: Example, folder: Path) -> str:
+    assert example.image is not None
+    name = hashlib.sha256(example.image).hexdigest()[:32]
+    file = folder / name
+    if not file.exists():
+        open_image(example.image, f"the image of '{example.text[:60]}'")
+        file.write_bytes(example.image)
+    return name
+
+
+def pixels_of(facts: Mapping[str, Any], split: str, path: Path) -> Pixels:
+    """What the images of a split add to a batch: ``pixel_values`` [n, 3, side, side] of bytes, or
+    what the model's own image processor makes (for Qwen2-VL ``pixel_values`` [patches, width] and
+    ``image_grid_thw`` [n, 3])."""
+    folder, names, side = path.with_suffix(".images"), facts["names"][split], facts["side"]
+
+    def plain(indices: list[int]) -> Batch:
+        return {"pixel_values": torch.stack([_square(folder / names[i], side) for i in indices])}
+
+    def processed(indices: list[int]) -> Batch:
+        pictures = [shrunk(open_image((folder / names[i]).read_bytes()), side) for i in indices]
+        made = image_processor(json.dumps(facts["processor"]))
+        return dict(made(images=pictures, return_tensors="pt"))
+
+    return processed if facts["processor"] else plain
+
+
+@lru_cache(maxsize=8192)
+def _square(file: Path, side: int) -> torch.Tensor:
+    picture = open_image(file.read_bytes(), str(file)).resize((side, side))
+    flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return flat.view(side, side, 3).permute(2, 0, 1).contiguous()
+
+
+def processor_settings(model: ModelEntry, assets: Path) -> Settings:
+    """What says how a model's images become tensors: its folder, or the sizes of its tower.
+
+    Raises:
+        UserError: the weights aren't there.
+    """
+    if isinstance(model.source, RandomSource):
+        vision = model.source.config["vision_config"]
+        return {ours: vision[theirs] for ours, theirs in TOWER.items() if theirs in vision}
+    return {"folder": str(weights_folder(model, assets))}
+
+
+@lru_cache(maxsize=2)
+def image_processor(settings: str) -> Any:
+    """The image processor of ``processor_settings`` in JSON.
+
+    Raises:
+        UserError: there is none that works here.
+    """
+    found = json.loads(settings)
+    if "folder" not in found:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        return Qwen2VLImageProcessorPil(**found)
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(found["folder"], local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{found['folder']}: no image processor that works here ({reason})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """How an image stands in a prompt of a model of Qwen2-VL's kind: one token for each square of
+    patches, between two marks.
+
+    Attributes:
+        token, first, last: ids of the image's token and of the marks around it.
+        side: see ``image_side`` of a model.
+        processor: the model's image processor.
+    """
+
+    token: int
+    first: int
+    last: int
+    side: int
+    processor: Any
+
+    def shown(self, row: list[int], image: bytes) -> list[int]:
+        """A prompt with the image's tokens: where its template has one, or at its beginning."""
+        cells = [self.token] * self._count(image)
+        if self.token in row:
+            place = row.index(self.token)
+            return [*row[:place], *cells, *row[place + 1 :]]
+        return [self.first, *cells, self.last, *row]
+
+    def _count(self, image: bytes) -> int:
+        picture = shrunk(open_image(image), self.side)
+        patches = self.processor.get_number_of_image_patches(picture.height, picture.width)
+        return int(patches) // self.processor.merge_size**2
+
+
+def image_tokens(model: ModelEntry, assets: Path) -> ImageTokens:
+    """How a model of form ``image_text`` is shown an image.
+
+    Raises:
+        UserError: it isn't of a family whose images are known.
+    """
+    if isinstance(model.source, RandomSource):
+        config: Mapping[str, Any] = model.source.config
+    else:
+        config = json.loads((weights_folder(model, assets) / "config.json").read_text())
+    processor = image_processor(json.dumps(processor_settings(model, assets)))
+    marks = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
+    if not all(mark in config for mark in marks) or not hasattr(processor, "merge_size"):
+        raise UserError(
+            f"model '{model.label}': images are known of models of Qwen2-VL's kind alone, whose "
+            f"config.json holds {', '.join(marks)}"
+        )
+    token, first, last = (int(config[mark]) for mark in marks)
+    return ImageTokens(token, first, last, model.source.image_side, processor)

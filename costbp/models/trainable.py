@@ -1,0 +1,96 @@
+"""Which part of a transformers model is trained, and the model as an objective calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from costbp.config.catalog import FullTraining, HeadTraining, LoraTraining
+from costbp.errors import UserError
+from costbp.objective import Batch
+
+HEADS = ("classifier", "score", "lm_head")  # trained in full beside adapters, never packed
+Training = LoraTraining | HeadTraining | FullTraining
+
+
+class Transformer(nn.Module):
+    """A transformers model called with a batch; returns logits.
+
+    Args:
+        vocabulary: width of the logits of a language model; 0 for a classifier.
+    """
+
+    def __init__(self, model: nn.Module, vocabulary: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.vocabulary = vocabulary
+
+    def forward(self, batch: Batch) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+
+def trainable(
+    model: Any, form: str, train: Training, *, adapters_at_zero: bool = True
+) -> nn.Module:
+    """The model with ``requires_grad`` on what its entry trains, adapters put in.
+
+    Trained parameters are float32 whatever the base's dtype is, as peft keeps them.
+
+    Args:
+        form: as in the catalog; a classifier's head is trained beside adapters.
+        adapters_at_zero: start LoRA's second factor at zero, as in training.
+
+    Raises:
+        UserError: no layer is called as the adapters' targets.
+    """
+    if isinstance(train, FullTraining):
+        return model
+    model.requires_grad_(False)
+    head = next((name for name in HEADS if hasattr(model, name)), "")
+    if isinstance(train, HeadTraining):
+        if form == "classifier":
+            getattr(model, head).requires_grad_(True)
+        else:  # untied from the embedding, which stays frozen
+            output = model.get_output_embeddings()
+            output.weight = nn.Parameter(output.weight.detach().clone())
+        return _in_float32(model)
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=train.rank,
+                lora_alpha=train.alpha,  # type: ignore[arg-type]
+                lora_dropout=train.dropout,
+                target_modules=list(train.targets),
+                modules_to_save=[head] if form == "classifier" else None,
+                init_lora_weights=adapters_at_zero,
+            ),
+        )
+    except ValueError as error:
+        raise UserError(
+            f"train.targets = {list(train.targets)} match no layer of {type(model).__name__}"
+        ) from error
+    return _in_float32(model)
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    """Trained parameters in float32; a head that is trained gets its input in float32, too."""
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        for parameter in own:
+            if parameter.dtype != torch.float32 and parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        if own and type(module) is nn.Linear:
+            module.register_forward_pre_hook(_cast_input)
+    return model
+
+
+def _cast_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    weight: Any = module.weight
+    return (inputs[0].to(weight.dtype), *inputs[1:])

@@ -1,0 +1,241 @@
+"""Where a model's weights are on this machine, and the transformers model made of them."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from costbp.config.catalog import (
+    AssetSource,
+    ConfigSource,
+    FolderSource,
+    FullTraining,
+    ModelEntry,
+    RandomSource,
+    Repository,
+)
+from costbp.errors import UserError
+from costbp.files import lock
+from costbp.models.tokenizer import Bytes, Hashed, Pretrained, Tokenizer
+
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout")
+CLASSES = {
+    "encoder": "AutoModel",
+    "fusion": "AutoModel",
+    "classifier": "AutoModelForSequenceClassification",
+    "causal": "AutoModelForCausalLM",
+    "image_text": "AutoModelForImageTextToText",
+}
+
+
+def hub_folder(repository: Repository) -> str:
+    """Name of the folder that a hub's model is fetched into."""
+    return "--".join(["model", *repository.repo.split("/")])
+
+
+def weights_folder(model: ModelEntry, assets: Path) -> Path:
+    """The transformers folder of a model.
+
+    Raises:
+        UserError: it has not been fetched, or is not such a folder.
+    """
+    source = model.source
+    if isinstance(source, FolderSource):
+        folder, hint = Path(source.path), "check source.path"
+    elif isinstance(source, AssetSource):
+        folder, hint = assets / source.asset / source.folder, "run `costbp assets`"
+        if source.gguf is not None and (folder / source.gguf).is_file():
+            return _unpacked(folder, source.gguf)
+    else:
+        repository = model.repository
+        assert repository is not None, "a study with such a model isn't loaded"
+        folder, hint = assets / hub_folder(repository), "run `costbp assets`"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model '{model.label}': {folder} holds no config.json; {hint}")
+    return folder
+
+
+def _unpacked(folder: Path, file: str) -> Path:
+    """The model of a GGUF file as a transformers folder in full precision, made once: unpacking
+    takes half a minute."""
+    target = folder / "unpacked"
+    with lock(folder / ".unpacked.lock"), without_collection():
+        if (target / "config.json").is_file():
+            return target
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        scratch = folder / ".unpacked"
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            quiet()
+            words = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=file, local_files_only=True, dtype=torch.float32
+            )
+            words.save_pretrained(scratch)
+            model.save_pretrained(scratch)
+        except ImportError as error:
+            raise UserError(
+                f"{folder / file}: GGUF files are read with the packages gguf and sentencepiece: "
+                "pip install gguf sentencepiece"
+            ) from error
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise UserError(f"{folder / file}: can't be unpacked ({error})") from error
+        scratch.replace(target)
+    return target
+
+
+def load_tokenizer(model: ModelEntry, assets: Path) -> Tokenizer:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    source = model.source
+    if isinstance(source, RandomSource):
+        size = int(source.config.get("text_config", source.config)["vocab_size"])
+        return Bytes(size) if model.writes_text else Hashed(size)
+    return Pretrained(weights_folder(model, assets))
+
+
+def quiet() -> None:
+    """No notes and bars of transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No garbage collection while transformers and peft are imported: there is no garbage then, and
+    looking for it takes a fifth of the ten seconds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@without_collection()
+def load_base(model: ModelEntry, assets: Path, classes: int = 0) -> nn.Module:
+    """The base model in its form; eager attention, since the fused kernel has no forward-mode rule
+    and is not seen by the FLOP counter. Packed to four bits if its entry says so.
+
+    Args:
+        classes: of the form ``classifier``, whose head is drawn at random.
+
+    Raises:
+        UserError: weights are missing or not readable.
+    """
+    import transformers
+
+    from costbp.models.packed_formats import gptq_reader, pack
+
+    quiet()
+    source = model.source
+    if source.bits is not None and isinstance(model.train, FullTraining):
+        raise UserError(
+            f"model '{model.label}': a packed base (source.bits = 4) can't be trained in full; use "
+            "train lora"
+        )
+    kind: Any = getattr(transformers, CLASSES[source.form])
+    config = _config(model, assets, classes)
+    options: dict[str, Any] = {
+        "config": config,
+        "attn_implementation": "eager",
+        "dtype": getattr(torch, source.dtype),
+    }
+    if isinstance(source, RandomSource):
+        torch.manual_seed(source.seed)
+        config = options.pop("config")
+        base: nn.Module = kind.from_config(config, **options)
+    else:
+        folder = weights_folder(model, assets)
+        stored = getattr(config, "quantization_config", None)
+        if stored is not None:
+            if source.bits is None or source.packing != "gptq":
+                raise UserError(
+                    f"model '{model.label}': the weights of {folder} are packed "
+                    f"({stored.get('quant_method')}); set source.bits = 4 and packing gptq"
+                )
+            config.quantization_config = gptq_reader(stored).to_dict()
+        try:
+            base = kind.from_pretrained(folder, local_files_only=True, **SAFE, **options)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"model '{model.label}': {folder} can't be loaded ({reason})"
+            ) from error
+        if stored is not None:
+            return base
+    if source.bits is not None:
+        pack(base, source)
+    return base
+
+
+# weights are safetensors, or a state dict that holds tensors and nothing else
+SAFE: dict[str, Any] = {"weights_only": True, "trust_remote_code": False}
+
+
+def _config(model: ModelEntry, assets: Path, classes: int) -> Any:
+    from transformers import AutoConfig
+
+    from costbp.models.full_size import transformers_config
+
+    source = model.source
+    if isinstance(source, RandomSource):
+        config = transformers_config({"model_type": source.model_type, **source.config}, classes)
+    else:
+        folder = weights_folder(model, assets)
+        extra = {"num_labels": classes} if classes else {}
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(f"{folder / 'config.json'}: {reason}") from error
+        if isinstance(source, ConfigSource):
+            _agree(source, config, folder)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        part.use_cache = False
+        for name in DROPOUTS:
+            if hasattr(part, name):
+                setattr(part, name, model.dropout)
+    if source.form == "classifier" and config.pad_token_id is None:
+        config.pad_token_id = load_tokenizer(model, assets).pad
+    return config
+
+
+def _agree(source: ConfigSource, config: Any, folder: Path) -> None:
+    """The fetched weights are of the architecture that costs are traced of."""
+    ours, theirs = source.config.get("text_config", source.config), config.get_text_config()
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if ours[name] != getattr(theirs, name):
+            raise UserError(
+                f"{folder / 'config.json'}: {name} = {getattr(theirs, name)}, and the catalog's "
+                f"models.yaml says {ours[name]}"
+            )
+
+
+def vision_file(model: ModelEntry, assets: Path) -> Path:
+    """The weights of the vision encoder of form ``fusion``.
+
+    Raises:
+        UserError: there are none.
+    """
+    source = model.source
+    assert isinstance(source, AssetSource) and source.vision is not None, "checked when loaded"
+    found = sorted((assets / source.vision).glob("*.pth"))
+    if not found:
+        raise UserError(f"model asset '{source.vision}' is not in {assets}; run `costbp assets`")
+    return found[0]

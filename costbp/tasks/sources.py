@@ -1,0 +1,185 @@
+"""Rows of a task from where the catalog says: an asset, a hub's data set, files, or the task itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from costbp.config.catalog import AssetData, HubData, LocalData, TaskEntry
+from costbp.errors import UserError, suggest
+from costbp.tasks.base import POOL, Example, Row, Task, load_task
+
+FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def read_examples(task: TaskEntry, name: str, assets: Path) -> dict[str, list[Example]]:
+    """Examples by the source's own split (one called "" where it has none).
+
+    Args:
+        assets: folder that holds what was fetched, one folder each.
+
+    Raises:
+        UserError: the source is missing, empty, or lacks a split or column; a label is outside
+            the task's set. Names the task, and the row.
+    """
+    definition = load_task(task.loader)
+    found: dict[str, list[Example]] = {}
+    counts: dict[str, int] = {}
+    for split, row in _rows(task, name, definition, assets):
+        counts[split] = counts.get(split, 0) + 1
+        try:
+            example = definition.example(row)
+        except UserError as error:
+            where = f"row {counts[split]}" + (f" of split '{split}'" if split else "")
+            raise UserError(f"task '{name}', {where}: {error}") from None
+        if example.text.strip() or example.image is not None:
+            found.setdefault(split, []).append(example)
+    wanted = set(_splits(task).values())
+    if empty := [split for split in wanted or {POOL} if not found.get(split)]:
+        raise UserError(
+            f"task '{name}': split '{empty[0] or 'all'}' of its source is empty or missing"
+            + (f"; the source has: {', '.join(sorted(found))}" if any(found) else "")
+        )
+    return found
+
+
+def _splits(task: TaskEntry) -> Mapping[str, str]:
+    if isinstance(task.data, HubData | LocalData):
+        return {str(ours): theirs for ours, theirs in task.data.splits.items()}
+    return {}
+
+
+def _rows(task: TaskEntry, name: str, definition: Task, assets: Path) -> Iterator[tuple[str, Row]]:
+    data = task.data
+    if isinstance(data, HubData):
+        yield from _saved(data, name, definition, assets / hub_folder(data))
+    elif isinstance(data, LocalData):
+        yield from _saved(data, name, definition, Path(data.path))
+    elif definition.rows is None:
+        raise UserError(
+            f"task '{name}': its module '{task.loader}' has no rows of its own; the catalog's "
+            "tasks.yaml must say where they are (data: {kind: hub, ...} or {kind: local, ...})"
+        )
+    else:
+        folder = assets / data.asset if isinstance(data, AssetData) else assets
+        if isinstance(data, AssetData) and not folder.is_dir():
+            raise UserError(
+                f"task '{name}': asset '{data.asset}' is not in {assets}; run `costbp assets`"
+            )
+        yield from definition.rows(folder)
+
+
+def hub_folder(data: HubData) -> str:
+    """Name of the folder that a hub's data set is fetched into."""
+    parts = ["data", *data.repo.split("/"), *([data.config] if data.config else [])]
+    return "--".join(parts)
+
+
+def _saved(
+    data: HubData | LocalData, name: str, task: Task, path: Path
+) -> Iterator[tuple[str, Row]]:
+    tables = open_tables(data, name, path)
+    for split, table in tables.items():
+        columns = {column: data.columns.get(column, column) for column in task.columns}
+        for column, theirs in columns.items():
+            if theirs not in table.column_names:
+                raise UserError(
+                    f"task '{name}': {path} has no column '{theirs}' for '{column}'; "
+                    f"{suggest(theirs, table.column_names)} (map it under data.columns)"
+                )
+        for row in table.select_columns(list(columns.values())):
+            yield split, {column: row[theirs] for column, theirs in columns.items()}
+
+
+def open_tables(data: HubData | LocalData, name: str, path: Path) -> dict[str, Any]:
+    """``datasets.Dataset`` by source split: those that the entry names, or one called "".
+
+    Raises:
+        UserError: nothing readable is there, or a split is missing.
+    """
+    if not path.exists():
+        hint = "run `costbp assets`" if isinstance(data, HubData) else "check data.path"
+        raise UserError(f"task '{name}': {path} is not there; {hint}")
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        whole = _open(path, data.splits)
+    except UserError as error:
+        raise UserError(f"task '{name}': {error}") from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"task '{name}': {path} can't be read ({reason})") from error
+    if missing := [split for split in data.splits.values() if split not in whole]:
+        raise UserError(
+            f"task '{name}': {path} has no split '{missing[0]}'; {suggest(missing[0], whole)}"
+        )
+    wanted = dict.fromkeys(data.splits.values()) or dict.fromkeys(whole)
+    return {split: _undecoded(whole[split]) for split in wanted}
+
+
+def _open(path: Path, splits: Mapping[Any, str]) -> dict[str, Any]:
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    if path.is_file():
+        files = {POOL: path}
+    elif (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        saved = load_from_disk(str(path))
+        return dict(saved) if isinstance(saved, DatasetDict) else {POOL: saved}
+    else:
+        files = {p.stem: p for p in sorted(path.iterdir()) if p.suffix in FORMATS}
+    if not files:
+        raise UserError(f"{path} holds no {', '.join(FORMATS)} file and no saved data set")
+    tables = {}
+    for split, file in files.items():
+        if splits and split not in splits.values() and split != POOL:
+            continue
+        if file.suffix not in FORMATS:
+            raise UserError(f"{file}: unknown format; allowed: {', '.join(FORMATS)}")
+        tables[split] = _load(FORMATS[file.suffix], file, Dataset)
+    return tables
+
+
+def _load(kind: str, file: Path, dataset: Any) -> Any:
+    """Read into memory: rows of these benchmarks are small, and no cache is left behind."""
+    import pandas as pd
+
+    if kind == "parquet":
+        return dataset.from_parquet(str(file), keep_in_memory=True)
+    lines = file.suffix == ".jsonl" or (kind == "json" and file.read_bytes()[:1] != b"[")
+    frame = (
+        pd.read_csv(file, keep_default_na=False)
+        if kind == "csv"
+        else pd.read_json(file, lines=lines, dtype=False, convert_dates=False)
+    )
+    return dataset.from_pandas(frame, preserve_index=False)
+
+
+def _undecoded(table: Any) -> Any:
+    """Images stay encoded: most are never looked at in this process."""
+    from datasets import Image
+
+    for column, feature in table.features.items():
+        if isinstance(feature, Image):
+            table = table.cast_column(column, Image(decode=False))
+    return table
+
+
+def image_bytes(value: Any) -> bytes:
+    """The encoded image of a row's value: bytes, a path, or ``{bytes, path}`` of ``datasets``.
+
+    Raises:
+        UserError: no such file, or not an image.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str | Path):
+        try:
+            value = Path(value).read_bytes()
+        except OSError as error:
+            raise UserError(f"image {value}: {error.strerror}") from None
+    if not isinstance(value, bytes) or not value:
+        raise UserError("no image")
+    return value
