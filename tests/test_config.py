@@ -71,6 +71,7 @@ def test_mistakes(workdir, file, old, new, words):
         ("studies/full_size.yaml", "    - opt_13b", "    - minilm_lora", ["costs.models", "source asset, not config"]),
         ("studies/full_size.yaml", "    - bp_sqrt", "    - bp_sqr", ["costs.methods", "did you mean 'bp_sqrt'"]),
         ("studies/full_size.yaml", "      model: llama_3_1_8b", "      model: lama", ["costs.sweeps.plans.models", "'lama'"]),
+        ("studies/full_size.yaml", "values: [2, 4, 8, 16, 32]", "values: [1, 2]", ["costs.sweeps.directions", "'spread' needs directions.count >= 2"]),
         ("studies/full_size.yaml", "[8GB, 16GB", "[8GB, 16XB", ["costs.fits.cards", "with a unit, as 24GB"]),
         ("config.yaml", "[minilm_lora]", "[opt_13b]", ["experiments[0].models[0] = 'opt_13b'", "`costbp fit` alone"]),
     ],

@@ -11,9 +11,10 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from costbp.config.catalog import Catalog
+from costbp.config.catalog import Catalog, ModelEntry
+from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
-from costbp.config.methods import OptimizerSpec
+from costbp.config.methods import MethodEntry, OptimizerSpec
 from costbp.config.study import Plan, Study
 from costbp.errors import UserError, suggest
 
@@ -203,6 +204,25 @@ def overlaid(entry: Model, settings: Mapping[str, Any], source: str) -> Model:
     return validate(type(entry), values, [(Path(source), values)])
 
 
+OF_METHODS = "method."  # prefix of keys that belong to the methods' entries
+
+
+def swept(
+    model: ModelEntry, methods: dict[str, MethodEntry], sweep: Sweep, value: int, source: str
+) -> tuple[ModelEntry, dict[str, MethodEntry], dict[str, int]]:
+    """Model, methods and shape of the batch at one value of a sweep.
+
+    Raises:
+        UserError: an entry can't have this value; names ``source``.
+    """
+    if sweep.key in ("batch", "seq"):
+        return model, methods, {sweep.key: value}
+    if sweep.key.startswith(OF_METHODS):
+        key = sweep.key.removeprefix(OF_METHODS)
+        return model, {n: overlaid(m, {key: value}, source) for n, m in methods.items()}, {}
+    return overlaid(model, {sweep.key: value}, source), methods, {}
+
+
 class _TunedFile(Strict):
     about: str = ""
     choices: dict[str, dict[str, dict[str, OptimizerSpec]]]
@@ -288,6 +308,11 @@ def _check_costs(study: Study, catalog: Catalog, sources: Sequence[tuple[Path, A
                         f"at full size (source {catalog.models[name].source.kind}, not config); "
                         f"allowed: {', '.join(usable)}"
                     )
+    for name, sweep in study.costs.sweeps.items():
+        methods = {key: catalog.methods[key] for key in sweep.methods or study.costs.methods}
+        where = f"{_blame(sources, ('costs', 'sweeps', name))}: costs.sweeps.{name}"
+        for value in sweep.values:
+            swept(catalog.models[sweep.model], methods, sweep, value, where)
 
 
 def _check_trials(plan: Plan) -> None:
