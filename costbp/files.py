@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -58,6 +59,25 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+READ_WHOLE = 2**28  # bytes; of larger folders sizes and times are read, not contents
+
+
+@functools.cache
+def digest(path: Path) -> str:
+    """Hex digest of a file or folder: of names and contents or, above 256 MiB, of names, sizes and
+    times of change. "missing" where nothing is there."""
+    if not path.exists():
+        return "missing"
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    whole = sum(file.stat().st_size for file in files) <= READ_WHOLE
+    found = hashlib.sha256()
+    for file in files:
+        facts = file.stat()
+        content = sha256(file) if whole else f"{facts.st_size} {facts.st_mtime_ns}"
+        found.update(f"{file.relative_to(path)} {content}\n".encode())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

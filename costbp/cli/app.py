@@ -16,7 +16,17 @@ from costbp.config.study import Cell, Plan
 from costbp.console import say
 from costbp.errors import UserError, suggest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models come from assets; the hub is never asked
+OFFLINE = "HF_HUB_OFFLINE"
+SAID = os.environ.get(OFFLINE)  # what the user says of the hub
+os.environ.setdefault(OFFLINE, "1")  # models come from assets; only what fetches asks the hub
+
+
+def ask_hub() -> None:
+    """Let this process ask the hub, unless the user forbids it. Before anything of the hub's is
+    imported."""
+    if SAID is None:
+        os.environ.pop(OFFLINE, None)
+
 
 app = typer.Typer(
     help="What does avoiding backpropagation cost? Train, measure and compare BP, FmAD and ZO.",

@@ -17,11 +17,13 @@ from costbp.cli.app import (
     Out,
     Task,
     app,
+    ask_hub,
     cell_of,
     known,
     load,
 )
 from costbp.config.load import load_plan
+from costbp.config.study import state
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
 
@@ -34,6 +36,7 @@ def assets(
     out: Out = None,
 ) -> None:
     """Fetch and check the models and data of a study; later stages work offline."""
+    ask_hub()
     from costbp.assets.fetch import fetch
     from costbp.files import write_json
 
@@ -46,7 +49,7 @@ def assets(
             folder = fetch(name, asset, study.study.paths.cache, say=say)
             print(f"{name}: {folder}")
             if out is not None:
-                write_json(out, {"asset": name, "sha256": asset.sha256, "folder": str(folder)})
+                write_json(out, {"asset": name, "state": state(asset), "folder": str(folder)})
 
 
 @app.command()

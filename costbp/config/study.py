@@ -8,12 +8,23 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
-from costbp.config.catalog import AssetEntry, BudgetEntry, Catalog, ModelEntry, TaskEntry
+from costbp.config.catalog import (
+    AssetEntry,
+    BudgetEntry,
+    Catalog,
+    FolderSource,
+    HubData,
+    LocalData,
+    ModelEntry,
+    Repository,
+    TaskEntry,
+)
 from costbp.config.costs import Costs
 from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry, OptimizerSpec
+from costbp.files import digest
 
-FORMAT = 3  # raised when the meaning of a run changes, so that old records are not mistaken for new
+FORMAT = 4  # raised when the meaning of a run changes, so that old records are not mistaken for new
 
 
 COSTS = 2  # the same for what is measured of a step's cost
@@ -105,6 +116,12 @@ class Study(Strict):
     resources: Resources = Resources()
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where runs train.")
     costs: Costs | None = Field(None, description="What `snakemake costs` traces.")
+    entries: dict[Literal["methods", "models", "tasks", "budgets"], dict[str, dict[str, Any]]] = (
+        Field(
+            default_factory=dict,
+            description="Laid over the catalog's entries, by kind and name: other data, sizes, paths.",
+        )
+    )
 
 
 class RunSpec(Strict):
@@ -118,7 +135,9 @@ class RunSpec(Strict):
     optimizer: OptimizerSpec
     evaluation: Evaluation
     seed: int
-    assets: dict[str, str] = Field(description="Asset name -> SHA-256 of its carrier.")
+    assets: dict[str, str] = Field(
+        description="What is read -> its state: checksum, commit of the hub, digest of local files."
+    )
 
     def identity(self) -> dict[str, Any]:
         entries = {name: getattr(self, name) for name in ("model", "task", "method", "budget")}
@@ -138,6 +157,14 @@ class RunSpec(Strict):
     def folder(self, store: Path) -> Path:
         """The run's folder in the store."""
         return store.joinpath(*self.cell, f"seed={self.seed}-{self.hash}")
+
+
+Fetched = AssetEntry | Repository | HubData
+
+
+def state(what: Fetched) -> str:
+    """Checksum of a carrier, or revision of a repository."""
+    return what.sha256 if isinstance(what, AssetEntry) else what.revision
 
 
 class Plan(Strict):
@@ -179,20 +206,32 @@ class Plan(Strict):
                 methods.append(cell.method)
         return pairs
 
-    def assets(self) -> dict[str, AssetEntry]:
-        """The assets that the study's models and tasks need."""
-        names = {
-            asset
-            for model, task in self.pairs()
-            for asset in (self.catalog.models[model].asset, self.catalog.tasks[task].asset)
-            if asset
-        }
-        return {name: self.catalog.assets[name] for name in sorted(names)}
+    def assets(self) -> dict[str, Fetched]:
+        """What the study's models and tasks need to be fetched, by the folder it is fetched into."""
+        found: dict[str, Fetched] = {}
+        for model, task in self.pairs():
+            found |= self.fetched(model, task)
+        return dict(sorted(found.items()))
+
+    def fetched(self, model: str, task: str) -> dict[str, Fetched]:
+        """The same of one pair."""
+        entry, data = self.catalog.models[model], self.catalog.tasks[task]
+        names = [*entry.assets, *([data.asset] if data.asset else [])]
+        found: dict[str, Fetched] = {name: self.catalog.assets[name] for name in names}
+        for hub in (entry.repository, data.data if isinstance(data.data, HubData) else None):
+            if hub is not None:
+                found[hub.folder] = hub
+        return found
 
     def assets_of(self, model: str, task: str) -> dict[str, str]:
-        """Asset name -> checksum, for one pair of model and task."""
-        names = (self.catalog.models[model].asset, self.catalog.tasks[task].asset)
-        return {name: self.catalog.assets[name].sha256 for name in names if name}
+        """What a pair reads and in which state: checksums of carriers, commits of the hub, digests
+        of local files and folders."""
+        found = {name: state(what) for name, what in self.fetched(model, task).items()}
+        source, data = self.catalog.models[model].source, self.catalog.tasks[task].data
+        for local in (source, data):
+            if isinstance(local, FolderSource | LocalData):
+                found[local.path] = digest(Path(local.path))
+        return found
 
     def prepared(self, model: str, task: str) -> Path:
         """Where the pair's encoded splits are cached. Models that share source and form share it."""

@@ -19,7 +19,6 @@ from costbp.config.catalog import (
     FullTraining,
     ModelEntry,
     RandomSource,
-    Repository,
 )
 from costbp.errors import UserError
 from costbp.files import lock
@@ -33,11 +32,6 @@ CLASSES = {
     "causal": "AutoModelForCausalLM",
     "image_text": "AutoModelForImageTextToText",
 }
-
-
-def hub_folder(repository: Repository) -> str:
-    """Name of the folder that a hub's model is fetched into."""
-    return "--".join(["model", *repository.repo.split("/")])
 
 
 def weights_folder(model: ModelEntry, assets: Path) -> Path:
@@ -56,7 +50,7 @@ def weights_folder(model: ModelEntry, assets: Path) -> Path:
     else:
         repository = model.repository
         assert repository is not None, "a study with such a model isn't loaded"
-        folder, hint = assets / hub_folder(repository), "run `costbp assets`"
+        folder, hint = assets / repository.folder, "run `costbp assets`"
     if not (folder / "config.json").is_file():
         raise UserError(f"model '{model.label}': {folder} holds no config.json; {hint}")
     return folder

@@ -6,6 +6,7 @@ business, what a model makes of an example (a class, or text) the model's.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,22 @@ def accuracy(examples: Sequence[Example], given: Sequence[str]) -> Scores:
     return {"accuracy": right / len(examples)}
 
 
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """Reads the first of ``names`` that a text says as a word: ``(b)``, ``The answer is B.`` and
+    ``B`` are ``B``. A capital letter on its own goes before a small one, which may be an article.
+    Empty where there is none."""
+    words = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    exact = re.compile(rf"(?<!\w)({words})(?!\w)")
+    loose = re.compile(exact.pattern, re.IGNORECASE)
+    places = {name.lower(): name for name in names}
+
+    def parse(text: str) -> str:
+        found = exact.search(text) or loose.search(text)
+        return places[found[1].lower()] if found else ""
+
+    return parse
+
+
 @dataclass(frozen=True)
 class Task:
     """How rows of one benchmark become examples, and how answers are scored.
@@ -74,9 +91,9 @@ class Task:
     new_tokens: int = 8
 
     def majority(self, examples: Sequence[Example]) -> float:
-        """What the best constant answer scores on the main metric; 0 for free text without one
-        that comes back."""
-        common = Counter(e.answer for e in examples).most_common(1)[0][0]
+        """What the commonest answer, given to every example, scores on the main metric."""
+        answers = (e.answer if self.names else self.parse(e.answer) for e in examples)
+        common = Counter(answers).most_common(1)[0][0]
         return self.score(examples, [common] * len(examples))["accuracy"]
 
 

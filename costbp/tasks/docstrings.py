@@ -27,24 +27,25 @@ def rows(folder: Path) -> Iterator[tuple[str, Row]]:
         UserError: one of the libraries is not installed.
     """
     for name in NAMES:
-        yield from ((POOL, {"text": text, "label": name}) for text in paragraphs(name))
+        yield from ((POOL, {"text": text, "label": name}) for _, text in documented(name))
 
 
-def paragraphs(name: str) -> list[str]:
-    """Up to 700 distinct first paragraphs of a library's docstrings.
+def documented(library: str) -> list[tuple[str, str]]:
+    """Up to 700 objects of a library and the first paragraphs of their docstrings, all distinct.
 
     Raises:
         UserError: the library is not installed.
     """
-    spec = find_spec(name)
+    spec = find_spec(library)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"task 'docstrings' reads the package '{name}': pip install {name}")
-    found: dict[str, None] = {}
+        raise UserError(f"reads docstrings of the package '{library}': pip install {library}")
+    found: dict[str, str] = {}
     for path in _shuffled(Path(spec.submodule_search_locations[0])):
-        found.update(dict.fromkeys(_paragraphs(path)))
+        for name, text in _paragraphs(path):
+            found.setdefault(text, name)
         if len(found) >= PER_CLASS:
             break
-    return list(found)[:PER_CLASS]
+    return [(name, text) for text, name in found.items()][:PER_CLASS]
 
 
 def example(row: Row) -> Example:
@@ -57,13 +58,13 @@ def _shuffled(root: Path) -> list[Path]:
     return sorted(files, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
 
 
-def _paragraphs(path: Path) -> Iterator[str]:
+def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
     kinds = (ast.FunctionDef, ast.ClassDef, ast.Module)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
         if isinstance(node, kinds) and (text := ast.get_docstring(node)):
             paragraph = " ".join(MASK.sub("_", text.split("\n\n")[0]).split())
             if len(paragraph) in LENGTH:
-                yield paragraph
+                yield getattr(node, "name", path.stem), paragraph
 
 
 TASK = Task(

@@ -35,11 +35,11 @@ def read_examples(task: TaskEntry, name: str, assets: Path) -> dict[str, list[Ex
             raise UserError(f"task '{name}', {where}: {error}") from None
         if example.text.strip() or example.image is not None:
             found.setdefault(split, []).append(example)
-    wanted = set(_splits(task).values())
-    if empty := [split for split in wanted or {POOL} if not found.get(split)]:
+    empty = [split for split in _splits(task).values() if not found.get(split)]
+    if empty or not found:
         raise UserError(
-            f"task '{name}': split '{empty[0] or 'all'}' of its source is empty or missing"
-            + (f"; the source has: {', '.join(sorted(found))}" if any(found) else "")
+            f"task '{name}': "
+            + (f"split '{empty[0]}' of its source is empty" if empty else "its source is empty")
         )
     return found
 
@@ -53,7 +53,7 @@ def _splits(task: TaskEntry) -> Mapping[str, str]:
 def _rows(task: TaskEntry, name: str, definition: Task, assets: Path) -> Iterator[tuple[str, Row]]:
     data = task.data
     if isinstance(data, HubData):
-        yield from _saved(data, name, definition, assets / hub_folder(data))
+        yield from _saved(data, name, definition, assets / data.folder)
     elif isinstance(data, LocalData):
         yield from _saved(data, name, definition, Path(data.path))
     elif definition.rows is None:
@@ -68,12 +68,6 @@ def _rows(task: TaskEntry, name: str, definition: Task, assets: Path) -> Iterato
                 f"task '{name}': asset '{data.asset}' is not in {assets}; run `costbp assets`"
             )
         yield from definition.rows(folder)
-
-
-def hub_folder(data: HubData) -> str:
-    """Name of the folder that a hub's data set is fetched into."""
-    parts = ["data", *data.repo.split("/"), *([data.config] if data.config else [])]
-    return "--".join(parts)
 
 
 def _saved(

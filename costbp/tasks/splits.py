@@ -33,7 +33,8 @@ def split(
 ) -> dict[str, list[Example]]:
     """Train, validation and test splits, of which no two share an item.
 
-    The order behind them is that of SHA-256(seed, content). What the source has as splits of its
+    The order behind them is that of SHA-256(seed, what items share): questions on one passage or
+    image stay together. What the source has as splits of its
     own stays apart; a missing validation or test split is carved from train.
 
     Args:
@@ -44,20 +45,35 @@ def split(
     """
     if task.partition is not None:
         return _counted(_skewed(found, task, task.partition), task, name)
-    own = task.data.splits if isinstance(task.data, HubData | LocalData) else {}
+    own = _own(found, task, name)
     parts: dict[str, list[Example]] = {split: [] for split in SPLITS}
     seen: set[str] = set()
     for ours in ("test", "validation"):  # before train, which yields what they share
         if ours in own:
-            parts[ours] = _ordered(found[own[ours]], task.split_seed, seen)[: _size(task, ours)]
+            held = _ordered(found[own[ours]], task.split_seed, seen)
+            parts[ours] = held[: _border(held, _size(task, ours))]
             seen.update(map(_content, parts[ours]))
-    held = {_content(e) for ours in ("test", "validation") if ours in own for e in found[own[ours]]}
-    rest = _ordered(found[own.get("train", POOL)], task.split_seed, held)
+    kept = {_content(e) for ours in ("test", "validation") if ours in own for e in found[own[ours]]}
+    rest = _ordered(found[own.get("train", POOL)], task.split_seed, kept)
     for ours in ("test", "validation"):
         if ours not in own:
-            parts[ours], rest = rest[: _size(task, ours)], rest[_size(task, ours) :]
+            border = _border(rest, _size(task, ours))
+            parts[ours], rest = rest[:border], rest[border:]
     parts["train"] = rest
     return _counted(parts, task, name)
+
+
+def _own(found: Mapping[str, Sequence[Example]], task: TaskEntry, name: str) -> dict[str, str]:
+    """Our splits that the source has, under its names; none: all is in one pool."""
+    given = task.data.splits if isinstance(task.data, HubData | LocalData) else {}
+    if given or set(found) == {POOL}:
+        return {str(ours): theirs for ours, theirs in given.items()}
+    if "train" not in found:
+        raise UserError(
+            f"task '{name}': its source has the splits {', '.join(sorted(found))}; say under "
+            "data.splits which of them is train"
+        )
+    return {ours: ours for ours in SPLITS if ours in found}
 
 
 def _size(task: TaskEntry, split: str) -> int:
@@ -65,9 +81,24 @@ def _size(task: TaskEntry, split: str) -> int:
     return size
 
 
+def _shared(example: Example) -> str:
+    """What makes a split see an item's neighbour: its passage or image, or else the item itself."""
+    if example.image is not None:
+        return hashlib.sha256(example.image).hexdigest()
+    return example.context or _content(example)
+
+
+def _border(examples: Sequence[Example], size: int) -> int:
+    """The first place from ``size`` on where no passage or image is cut in two."""
+    while 0 < size < len(examples) and _shared(examples[size - 1]) == _shared(examples[size]):
+        size += 1
+    return size
+
+
 def _ordered(examples: Iterable[Example], seed: int, without: set[str]) -> list[Example]:
-    def rank(example: Example) -> bytes:
-        return hashlib.sha256(f"{seed}:{_content(example)}".encode()).digest()
+    def rank(example: Example) -> tuple[bytes, str]:
+        shared = hashlib.sha256(f"{seed}:{_shared(example)}".encode()).digest()
+        return shared, _content(example)
 
     return sorted((e for e in distinct(examples) if _content(e) not in without), key=rank)
 

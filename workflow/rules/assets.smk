@@ -6,8 +6,7 @@ rule asset:
         RESULTS / "assets" / "{asset}.json",
     params:
         plan=RESOLVED,
-        sha256=lambda wildcards: PLAN.catalog.assets[wildcards.asset].sha256,
-        members=lambda wildcards: sorted(PLAN.catalog.assets[wildcards.asset].members.items()),
+        source=lambda wildcards: PLAN.assets()[wildcards.asset].model_dump_json(),
     log:
         LOGS / "assets" / "{asset}.log",
     benchmark:
@@ -23,7 +22,7 @@ rule prepare:
     input:
         lambda wildcards: [
             RESULTS / "assets" / f"{name}.json"
-            for name in PLAN.assets_of(wildcards.model, wildcards.task)
+            for name in PLAN.fetched(wildcards.model, wildcards.task)
         ],
     output:
         RESULTS / "prepared" / "{model}" / "{task}.json",

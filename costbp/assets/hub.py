@@ -1,0 +1,200 @@
+"""Fetching models and data sets of the Hugging Face hub: weights that hold tensors and nothing else,
+and tables; never code."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from costbp.config.catalog import HubData, Repository
+from costbp.errors import UserError
+from costbp.files import ensure_folder, write_json
+
+Say = Callable[[str], None]
+MARGIN = 2**30  # bytes that are left free
+
+
+def from_hub(what: Repository | HubData, folder: Path, say: Say) -> str:
+    """Fetch a repository into ``folder``; returns the commit.
+
+    What has been downloaded is kept when the connection breaks, and removed when the disk is full.
+
+    Raises:
+        UserError: the hub can't be reached, has no such repository or revision, or wants a login.
+    """
+    from costbp.assets.fetch import RECORD, WANTED
+
+    scratch = folder.with_name(f".{folder.name}.partial")
+    ensure_folder(scratch)
+    try:
+        commit = _data(what, scratch) if isinstance(what, HubData) else _model(what, scratch, say)
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        raise UserError(explained(what, error)) from error
+    files = {
+        str(path.relative_to(scratch)): path.stat().st_size
+        for path in sorted(scratch.rglob("*"))
+        if path.is_file() and ".cache" not in path.relative_to(scratch).parts
+    }
+    wanted = what.model_dump(mode="json", include=WANTED)
+    write_json(scratch / RECORD, {"wanted": wanted, "commit": commit, "files": files})
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.replace(folder)
+    return commit
+
+
+def explained(what: Repository | HubData, error: Exception) -> str:
+    """What a failure of the hub's libraries means, in one line."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "GatedRepoError" in kinds:
+        return (
+            f"{what.repo} is gated: accept its terms at https://huggingface.co/{what.repo}, then log "
+            "in with `hf auth login`, or set HF_TOKEN"
+        )
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        return (
+            f"the hub has no repository '{what.repo}' that you may read; was it renamed, or is a "
+            "login missing (`hf auth login`)?"
+        )
+    if "RevisionNotFoundError" in kinds:
+        return (
+            f"{what.repo} has no revision '{what.revision}' on the hub; correct it in the catalog"
+        )
+    if kinds & UNREACHABLE:
+        return (
+            f"{what.repo}: the hub can't be reached ({reason}); fetch on a machine with a network, "
+            "or name a local folder in its place (docs/data.md)"
+        )
+    return f"{what.repo}: {reason}"
+
+
+UNREACHABLE = {
+    "OfflineModeIsEnabled",
+    "LocalEntryNotFoundError",
+    "ConnectionError",
+    "ConnectError",
+    "ConnectTimeout",
+    "ReadTimeout",
+    "NetworkError",
+    "TimeoutException",
+    "ProxyError",
+}
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+TEXTS = (".json", ".txt", ".model", ".jinja")  # configuration and tokenizer
+
+
+def wanted_files(names: Sequence[str]) -> list[str]:
+    """The files of a model's repository that are needed: safetensors or else torch's state dicts.
+
+    Raises:
+        UserError: it has no such weights.
+    """
+    top = [name for name in names if "/" not in name]
+    weights = [name for name in top if name.endswith(".safetensors")] or [
+        name for name in top if name.startswith("pytorch_model") and name.endswith(".bin")
+    ]
+    if not weights:
+        raise UserError("has neither safetensors nor pytorch_model.bin")
+    return sorted({*weights, *(name for name in top if name.endswith(TEXTS))})
+
+
+def _info(what: Repository) -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi().model_info(what.repo, revision=what.revision, files_metadata=True)
+
+
+def _model(what: Repository, folder: Path, say: Say) -> str:
+    from huggingface_hub import snapshot_download
+
+    info = _info(what)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    try:
+        names = wanted_files(list(sizes))
+    except UserError as error:
+        raise UserError(f"{what.repo} {error}") from None
+    total = sum(sizes[name] for name in names)
+    free = shutil.disk_usage(folder).free
+    if total + MARGIN > free:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"{what.repo} takes {total / 2**30:.1f} GiB, and {folder.parent} has "
+            f"{free / 2**30:.1f} GiB free; set paths.cache to a larger disk"
+        )
+    say(f"{what.repo}: {total / 2**30:.2f} GiB")
+    snapshot_download(what.repo, revision=info.sha, allow_patterns=names, local_dir=folder)
+    commit: str = info.sha
+    return commit
+
+
+# --- data --------------------------------------------------------------------------------------
+
+TABLES = (".parquet", ".json", ".jsonl", ".csv", ".arrow", ".gz", ".zip")
+
+
+def _data(what: HubData, folder: Path) -> str:
+    import datasets
+    from huggingface_hub import HfApi
+
+    commit: str = HfApi().dataset_info(what.repo, revision=what.revision).sha or what.revision
+    options: dict[str, Any] = {"cache_dir": str(folder / ".cache")}
+    if what.files:
+        where = f"hf://datasets/{what.repo}@{commit}"
+        patterns = {split: f"{where}/{pattern}" for split, pattern in what.files.items()}
+        found = datasets.load_dataset("parquet", data_files=patterns, **options)
+    else:
+        found = datasets.load_dataset(what.repo, what.config, revision=commit, **options)
+    splits = dict.fromkeys(what.splits.values()) or dict.fromkeys(found)
+    if missing := [split for split in splits if split not in found]:
+        raise UserError(
+            f"{what.repo} has no split '{missing[0]}' (it has {', '.join(found)}); correct "
+            "data.splits in the catalog"
+        )
+    kept = datasets.DatasetDict({split: found[split] for split in splits})
+    kept.save_to_disk(str(folder / "tables"))
+    for path in (folder / "tables").iterdir():
+        path.replace(folder / path.name)
+    (folder / "tables").rmdir()
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return commit
+
+
+# --- sizes -------------------------------------------------------------------------------------
+
+
+def size_of(what: Repository | HubData) -> int:
+    """Bytes that fetching takes, about: of a data set all tables of its configuration.
+
+    Raises:
+        UserError: see ``from_hub``.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        if not isinstance(what, HubData):
+            sizes = {file.rfilename: file.size or 0 for file in _info(what).siblings}
+            return sum(sizes[name] for name in wanted_files(list(sizes)))
+        info = HfApi().dataset_info(what.repo, revision=what.revision, files_metadata=True)
+        sizes = {
+            f.rfilename: f.size or 0 for f in info.siblings or () if f.rfilename.endswith(TABLES)
+        }
+        patterns = list(what.files.values()) or [f"{what.config}/*", f"data/{what.config}/*"]
+        chosen = [n for n in sizes if any(fnmatch(n, pattern) for pattern in patterns)]
+        return sum(sizes[name] for name in chosen or sizes)
+    except UserError as error:
+        raise UserError(f"{what.repo} {error}") from None
+    except Exception as error:
+        raise UserError(explained(what, error)) from error

@@ -1,0 +1,42 @@
+"""GSM8K: grade-school word problems, answered in words that end with a number (Cobbe et al. 2021,
+arXiv 2110.14168). Scored by exact match of the final number."""
+
+import re
+from collections.abc import Sequence
+
+from costbp.tasks.base import Example, Row, Scores, Task
+
+CALCULATOR = re.compile(r"<<[^>]*>>")  # annotations that nobody is to write
+NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+MARK = "####"
+
+
+def example(row: Row) -> Example:
+    return Example(str(row["question"]).strip(), CALCULATOR.sub("", str(row["answer"])).strip())
+
+
+def final_number(text: str) -> str:
+    """The number after the first ``####``, or else the last one, without signs of currency and
+    thousands: ``1,234.50`` and ``$1234.5`` are ``1234.5``. Empty where there is none."""
+    marked = NUMBER.findall(text.split(MARK, 1)[1]) if MARK in text else []
+    found = marked[:1] or NUMBER.findall(text)[-1:]
+    if not found:
+        return ""
+    plain = found[0].replace(",", "").replace("$", "")
+    return plain.rstrip("0").rstrip(".") if "." in plain else plain
+
+
+def score(examples: Sequence[Example], given: Sequence[str]) -> Scores:
+    """Share of answers that are the example's final number."""
+    right = sum(final_number(e.answer) == answer for e, answer in zip(examples, given, strict=True))
+    return {"accuracy": right / len(examples)}
+
+
+TASK = Task(
+    example=example,
+    columns=("question", "answer"),
+    instruction="Answer step by step; end with #### and the number.",
+    parse=final_number,
+    score=score,
+    new_tokens=256,
+)
