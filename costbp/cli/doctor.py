@@ -16,7 +16,7 @@ from costbp.console import table
 from costbp.errors import UserError
 
 GIB = 2**30
-Sizes = dict[str, int | None | UserError]
+Sizes = dict[str, int | UserError | None]
 
 
 class Finding(NamedTuple):

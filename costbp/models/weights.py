@@ -73,6 +73,8 @@ def _unpacked(folder: Path, file: str) -> Path:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, local_files_only=True, dtype=torch.float32
             )
+            if getattr(model, "hf_quantizer", None) is not None:  # it is in full precision now
+                model.hf_quantizer.remove_quantization_config(model)
             words.save_pretrained(scratch)
             model.save_pretrained(scratch)
         except ImportError as error:
