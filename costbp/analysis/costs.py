@@ -31,6 +31,11 @@ GIB = 2**30
 EQUAL = 0.01  # share by which forward units must differ to count
 
 
+def plain(value: float, _: int = 0) -> str:
+    """A tick's number without a power of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def read(paths: Sequence[Path]) -> pd.DataFrame:
     """Entries of several files in one frame; a column ``bytes`` holds all bytes at the peak."""
     rows = [entry for path in paths for entry in json.loads(path.read_text(encoding="utf-8"))]
@@ -98,7 +103,7 @@ def flops(plan: Plan, traces: pd.DataFrame) -> Figure:
         alpha=0.8,
     )
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(plain))
     axis.set_xlabel("Forward units a step")
     axis.set_ylabel("")
     axis.grid(axis="y", visible=True)
@@ -143,7 +148,7 @@ def pareto(plan: Plan, traces: pd.DataFrame) -> Figure:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
         for side in (axis.xaxis, axis.yaxis):
-            side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            side.set_major_formatter(FuncFormatter(plain))
         axis.margins(0.15)
         axis.set_title(model, fontsize=11)
         axis.set_xlabel("GiB beyond weights")
@@ -200,7 +205,7 @@ def sweeps(plan: Plan, found: pd.DataFrame) -> Figure:
             else:
                 axis.set_ylim(0, None)
             for side in (axis.xaxis, axis.yaxis):
-                side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+                side.set_major_formatter(FuncFormatter(plain))
             axis.set_xlabel(spec.label)
             axis.set_ylabel(label)
         line[0].set_title(f"{rows['Model'].iloc[0]}", fontsize=11)
