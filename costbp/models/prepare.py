@@ -21,7 +21,7 @@ from costbp.files import atomic
 from costbp.models.build import Encoder, features, load_encoder
 from costbp.models.encode import choices, encode
 from costbp.models.images import image_tokens, pixels_of, processor_settings, store_images
-from costbp.models.weights import load_tokenizer
+from costbp.models.weights import load_tokenizer, positions
 from costbp.tasks.base import Example, load_task
 from costbp.tasks.encoded import Split
 from costbp.tasks.sources import read_examples
@@ -81,6 +81,12 @@ def prepare(plan: Plan, model: str, task: str) -> Path:
     if (seen and not entry.sees) or (entry.source.form == "fusion" and not seen):
         verb = "has images, and model '{}' reads none" if seen else "has no images for model '{}'"
         raise UserError(f"task '{task}' {verb.format(model)}; use a model of another form")
+    limit = positions(entry, assets)
+    if limit is not None and data.max_length > limit:
+        raise UserError(
+            f"task '{task}': max_length = {data.max_length}, and model '{model}' has positions for "
+            f"{limit} tokens; lower it (entries.tasks.{task}.max_length in the study)"
+        )
     words = load_tokenizer(entry, assets)
     tensors: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from costbp.config.catalog import (
 )
 from costbp.errors import UserError
 from costbp.files import lock
+from costbp.models.fusion import CELL
 from costbp.models.tokenizer import Bytes, Hashed, Pretrained, Tokenizer
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout")
@@ -70,7 +72,7 @@ def _unpacked(folder: Path, file: str) -> Path:
         try:
             quiet()
             words = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=file, local_files_only=True, dtype=torch.float32
             )
             if getattr(model, "hf_quantizer", None) is not None:  # it is in full precision now
@@ -210,6 +212,24 @@ def _config(model: ModelEntry, assets: Path, classes: int) -> Any:
     if source.form == "classifier" and config.pad_token_id is None:
         config.pad_token_id = load_tokenizer(model, assets).pad
     return config
+
+
+def positions(model: ModelEntry, assets: Path) -> int | None:
+    """Tokens that a model has positions for, less those that an image takes in the form ``fusion``;
+    None where its configuration doesn't say."""
+    source = model.source
+    if isinstance(source, RandomSource | ConfigSource):
+        values: dict[str, Any] = {"model_type": getattr(source, "model_type", "")} | source.config
+    else:
+        values = json.loads((weights_folder(model, assets) / "config.json").read_text())
+    text = values.get("text_config", values)
+    found = text.get("max_position_embeddings")
+    if found is None:
+        return None
+    taken = 2 if values.get("model_type") == "roberta" else 0  # they begin after the padding's
+    if source.form == "fusion":
+        taken += (source.image_side // CELL) ** 2
+    return int(found) - taken
 
 
 def _agree(source: ConfigSource, config: Any, folder: Path) -> None:

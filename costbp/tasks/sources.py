@@ -106,10 +106,6 @@ def open_tables(data: HubData | LocalData, name: str, path: Path) -> dict[str, A
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"task '{name}': {path} can't be read ({reason})") from error
-    if missing := [split for split in data.splits.values() if split not in whole]:
-        raise UserError(
-            f"task '{name}': {path} has no split '{missing[0]}'; {suggest(missing[0], whole)}"
-        )
     wanted = dict.fromkeys(data.splits.values()) or dict.fromkeys(whole)
     return {split: _undecoded(whole[split]) for split in wanted}
 
@@ -121,11 +117,14 @@ def _open(path: Path, splits: Mapping[Any, str]) -> dict[str, Any]:
         files = {POOL: path}
     elif (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         saved = load_from_disk(str(path))
-        return dict(saved) if isinstance(saved, DatasetDict) else {POOL: saved}
+        tables = dict(saved) if isinstance(saved, DatasetDict) else {POOL: saved}
+        _has(tables, splits, path)
+        return tables
     else:
         files = {p.stem: p for p in sorted(path.iterdir()) if p.suffix in FORMATS}
     if not files:
         raise UserError(f"{path} holds no {', '.join(FORMATS)} file and no saved data set")
+    _has(files, splits, path)
     tables = {}
     for split, file in files.items():
         if splits and split not in splits.values() and split != POOL:
@@ -134,6 +133,12 @@ def _open(path: Path, splits: Mapping[Any, str]) -> dict[str, Any]:
             raise UserError(f"{file}: unknown format; allowed: {', '.join(FORMATS)}")
         tables[split] = _load(FORMATS[file.suffix], file, Dataset)
     return tables
+
+
+def _has(found: Mapping[str, Any], splits: Mapping[Any, str], path: Path) -> None:
+    if missing := [split for split in splits.values() if split not in found]:
+        hint = suggest(missing[0], found) if any(found) else "it has none: leave out data.splits"
+        raise UserError(f"{path} has no split '{missing[0]}'; {hint}")
 
 
 def _load(kind: str, file: Path, dataset: Any) -> Any:

@@ -1,0 +1,419 @@
+"""Rows from files, saved data sets and the hub, and what is said when they aren't as they should be."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from PIL import Image
+
+import costbp.assets.hub as hub
+from costbp.assets.fetch import damage, fetch
+from costbp.config.catalog import HubData, LocalData, Repository, TaskEntry
+from costbp.config.load import load_plan
+from costbp.errors import UserError
+from costbp.models.images import open_image, store_images
+from costbp.models.prepare import load_prepared, prepare
+from costbp.models.tokenizer import Pretrained
+from costbp.tasks.base import Example
+from costbp.tasks.sources import read_examples
+from costbp.tasks.splits import split
+
+ROWS = [{"text": f"item {i}", "label": i % 4} for i in range(80)]
+
+
+def agnews(**data) -> TaskEntry:
+    kind = HubData if data.get("kind") == "hub" else LocalData
+    return TaskEntry(
+        label="x", loader="agnews", data=kind(**data), batch_size=4, max_length=16,
+        validation=8, test=8,
+    )  # fmt: skip
+
+
+def read(task, assets=Path()):
+    return read_examples(task, "news", assets)
+
+
+def written(folder: Path, kind: str, rows=ROWS, name="train") -> Path:
+    import pandas as pd
+
+    folder.mkdir(exist_ok=True, parents=True)
+    path, frame = folder / f"{name}.{kind}", pd.DataFrame(rows)
+    if kind == "csv":
+        frame.to_csv(path, index=False)
+    elif kind == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=kind == "jsonl")
+    return path
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl", "parquet"])
+def test_a_file_of_each_format_gives_the_same_examples(kind, tmp_path):
+    found = read(agnews(path=str(written(tmp_path, kind))))
+    assert [(e.text, e.answer) for e in found[""]][:2] == [
+        ("item 0", "World"),
+        ("item 1", "Sports"),
+    ]
+    assert len(found[""]) == 80
+    parts = split(found, agnews(path="x"))
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 64,
+        "validation": 8,
+        "test": 8,
+    }
+
+
+def test_files_named_like_splits_are_those_splits(tmp_path):
+    written(tmp_path, "jsonl", ROWS[:60])
+    written(tmp_path, "jsonl", ROWS[60:], "test")
+    task = agnews(path=str(tmp_path))
+    parts = split(read(task), task)
+    assert {e.text for e in parts["test"]} <= {row["text"] for row in ROWS[60:]}
+    assert {e.text for e in parts["train"] + parts["validation"]} == {r["text"] for r in ROWS[:60]}
+
+
+def test_a_saved_data_set_and_mapped_columns_and_splits(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"body": row["text"], "topic": row["label"]} for row in ROWS]
+    saved = DatasetDict(
+        {"first": Dataset.from_list(rows[:60]), "other": Dataset.from_list(rows[60:])}
+    )
+    saved.save_to_disk(str(tmp_path / "set"))
+    names = {"text": "body", "label": "topic"}
+    splits = {"train": "first", "test": "other"}
+    found = read(agnews(path=str(tmp_path / "set"), columns=names, splits=splits))
+    assert [len(found[name]) for name in ("first", "other")] == [60, 20]
+    assert found["first"][3].answer == "Technology"
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "words"),
+    [
+        (lambda f: None, {}, r"is not there; check data.path"),
+        (lambda f: (f / "m").mkdir(), {}, r"holds no .csv, .json, .jsonl, .parquet file"),
+        (lambda f: written(f / "m", "csv"), {"splits": {"train": "training"}}, r"has no split 'training'; allowed: train"),
+        (lambda f: written(f / "m", "csv", [{"txt": "a", "label": 1}]), {}, r"has no column 'text' for 'text'; allowed: txt, label; did you mean 'txt'\? \(map it"),
+        (lambda f: written(f / "m", "csv", [{"text": "a", "label": 7}]), {}, r"row 1 of split 'train': label 7 is outside the set: World"),
+        (lambda f: written(f / "m", "csv", [{"text": " ", "label": 1}]), {}, r"its source is empty"),
+        (lambda f: written(f / "m", "csv", [], "train").write_text("text,label\n"), {"splits": {"train": "train"}}, r"split 'train' of its source is empty"),
+        (lambda f: written(f / "m", "jsonl").write_text("{not json"), {}, r"can't be read \("),
+        (lambda f: written(f / "m", "parquet").write_bytes(b"PAR1 half"), {}, r"can't be read \("),
+    ],
+)  # fmt: skip
+def test_sources_that_are_not_as_they_should_be(make, data, words, tmp_path):
+    make(tmp_path)
+    with pytest.raises(UserError, match=words) as caught:
+        read(agnews(path=str(tmp_path / "m"), **data))
+    assert str(caught.value).startswith("task 'news'")
+    assert "\n" not in str(caught.value)
+
+
+def test_splits_of_other_names_are_asked_for(tmp_path):
+    written(tmp_path, "csv", ROWS, "january")
+    written(tmp_path, "csv", ROWS, "june")
+    task = agnews(path=str(tmp_path))
+    with pytest.raises(UserError, match=r"has the splits january, june; say under data.splits"):
+        split(read(task), task, "news")
+
+
+# --- a study that lays its own data over the catalog's -----------------------------------------
+
+
+STUDY = """
+study: mine
+entries:
+  tasks:
+    gsm8k: {data: {kind: local, path: PATH}, batch_size: 2, validation: 2, test: 3}
+experiments:
+  - {models: [tiny_decoder], tasks: [gsm8k], methods: [bp_vanilla], budgets: [units_96]}
+paths: {reports: reports/mine}
+tuning: {file: config/tuned/mine.yaml}
+"""
+
+
+@pytest.fixture
+def mine(workdir):
+    rows = [
+        {"question": f"What is {i} + 1?", "answer": f"<<{i}+1={i + 1}>>{i}+1\n#### {i + 1}"}
+        for i in range(40)
+    ]
+    folder = workdir / "data"
+    folder.mkdir()
+    for name, part in (("train", rows[:30]), ("test", rows[30:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    path = Path("config/studies/mine.yaml")
+    path.write_text(STUDY.replace("PATH", "data"))
+    return path
+
+
+def test_a_study_replaces_a_source_and_its_content_names_the_runs(mine):
+    plan = load_plan([mine])
+    assert isinstance(plan.catalog.tasks["gsm8k"].data, LocalData)
+    assert plan.assets() == {}
+    data = load_prepared(prepare(plan, "tiny_decoder", "gsm8k"))
+    assert data.facts["examples"] == {"train": 28, "validation": 2, "test": 3}
+    (cell,) = plan.cells()
+    before = plan.spec(cell, 0)
+    assert before.assets.keys() == {"data"}
+    digest = plan.assets_of("tiny_decoder", "gsm8k")
+    assert digest == before.assets
+    with Path("data/train.jsonl").open("a") as stream:
+        stream.write(json.dumps({"question": "new", "answer": "#### 1"}) + "\n")
+    from costbp.files import digest as digest_of
+
+    digest_of.cache_clear()
+    assert plan.spec(cell, 0).hash != before.hash
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("path: data", "path: dada", "gsm8k.data.path = 'dada': no such file or folder"),
+        ("gsm8k: {data", "gsm9k: {data", "tasks.gsm9k.label' is missing"),
+        ("kind: local, path: data", "kind: local, pfad: data", "unknown key 'tasks.gsm8k.data.pfad'; allowed: columns, kind, path, splits"),
+        ("validation: 2", "validation: none", "mine.yaml: tasks.gsm8k.validation"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_entries_of_a_study(mine, old, new, words):
+    mine.write_text(mine.read_text().replace(old, new))
+    with pytest.raises(UserError) as caught:
+        load_plan([mine])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_free_text_is_no_answer_for_a_classifier(mine, costbp):
+    mine.write_text(mine.read_text().replace("tiny_decoder", "tiny_lora"))
+    done = costbp("prepare", "-c", str(mine), "-m", "tiny_lora", "-t", "gsm8k")
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert "answers of task 'gsm8k' are free text; use a model of form causal" in done.stderr
+
+
+# --- images ------------------------------------------------------------------------------------
+
+
+def png(colour="red", size=(8, 8)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_an_unreadable_image_names_its_question_and_leaves_nothing(tmp_path):
+    examples = [
+        Example("ok?", "yes", image=png()),
+        Example("what is this?", "no", image=b"\x89PNG half"),
+    ]
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError, match=r"the image of 'what is this\?' can't be read") as caught:
+        store_images({"train": examples}, path, 8, None)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_images(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        store_images(
+            {"train": [Example("q", "a", image=png())]}, tmp_path / "x.safetensors", 8, None
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_any_mode_become_rgb():
+    stream = io.BytesIO()
+    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(stream, "PNG")
+    assert open_image(stream.getvalue()).mode == "RGB"
+
+
+# --- the hub -----------------------------------------------------------------------------------
+
+
+def named_error(name: str, text: str = "x", base=Exception) -> Exception:
+    return type(name, (base,), {})(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (named_error("GatedRepoError"), r"a/b is gated: accept its terms at https://huggingface.co/a/b, then log in with `hf auth login`"),
+        (named_error("RepositoryNotFoundError"), r"no repository 'a/b' that you may read; was it renamed"),
+        (named_error("DatasetNotFoundError"), r"was it renamed"),
+        (named_error("RevisionNotFoundError"), r"a/b has no revision 'main'"),
+        (named_error("ConnectError", "Name or service not known"), r"can't be reached \(Name or service not known\)"),
+        (named_error("OfflineModeIsEnabled"), r"can't be reached"),
+        (named_error("ValueError", "BuilderConfig 'x' not found.\nmore"), r"a/b: BuilderConfig 'x' not found\.$"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["model", "data"])
+def test_what_the_hub_refuses_is_one_line(kind, error, words, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(hub, "_model", refuse)
+    monkeypatch.setattr(hub, "_data", refuse)
+    what = Repository(repo="a/b") if kind == "model" else HubData(kind="hub", repo="a/b")
+    with pytest.raises(UserError, match=words) as caught:
+        fetch(what.folder, what, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "assets" / what.folder).exists()
+
+
+def test_a_full_disk_while_fetching_leaves_nothing(tmp_path, monkeypatch):
+    def full(what, folder, *_):
+        (folder / "half.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "_model", full)
+    with pytest.raises(
+        UserError, match=r"No space left on device; what was written of it has been removed"
+    ):
+        fetch("m", Repository(repo="a/b"), tmp_path, lambda _: None)
+    assert not [path for path in (tmp_path / "assets").iterdir() if path.is_dir()]
+
+
+def test_a_broken_connection_keeps_what_has_come(tmp_path, monkeypatch):
+    def broken(what, folder, *_):
+        (folder / "half.safetensors").write_bytes(b"half")
+        raise named_error("ReadTimeout", "timed out")
+
+    monkeypatch.setattr(hub, "_model", broken)
+    what = Repository(repo="a/b")
+    with pytest.raises(UserError, match="can't be reached"):
+        fetch(what.folder, what, tmp_path)
+    assert (tmp_path / "assets" / f".{what.folder}.partial" / "half.safetensors").exists()
+
+
+class Api:
+    """The hub with one repository."""
+
+    files: ClassVar = {"config.json": 10, "model.safetensors": 1000, "pytorch_model.bin": 1000, "tokenizer.json": 5, "README.md": 7, "onnx/model.onnx": 9}  # fmt: skip
+
+    def model_info(self, repo, revision, files_metadata):
+        from types import SimpleNamespace
+
+        files = [SimpleNamespace(rfilename=name, size=size) for name, size in self.files.items()]
+        return SimpleNamespace(sha="c" * 40, siblings=files)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(repo, revision, allow_patterns, local_dir):
+        asked.append((repo, revision, allow_patterns))
+        for name in allow_patterns:
+            (Path(local_dir) / name).write_bytes(b"x" * Api.files[name])
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return asked
+
+
+def test_a_model_is_fetched_once_by_commit_and_only_what_is_needed(tmp_path, served):
+    what, said = Repository(repo="a/b"), []
+    folder = fetch(what.folder, what, tmp_path, said.append)
+    assert served == [("a/b", "c" * 40, ["config.json", "model.safetensors", "tokenizer.json"])]
+    assert "a/b at cccccccccccc" in said[-1]
+    assert json.loads((folder / "asset.json").read_text())["commit"] == "c" * 40
+    assert fetch(what.folder, what, tmp_path) == folder and len(served) == 1
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in str(damage(folder, what))
+    assert hub.size_of(what) == 1015
+
+
+def test_a_disk_too_small_is_said_before_anything_is_fetched(tmp_path, served, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match=r"a/b takes 0\.0 GiB, .* 0\.0 GiB free; set paths\.cache"):
+        fetch("m", Repository(repo="a/b"), tmp_path)
+    assert not served
+
+
+def test_weights_are_safetensors_or_else_state_dicts():
+    names = [
+        "config.json",
+        "pytorch_model-00001-of-2.bin",
+        "flax_model.msgpack",
+        "vocab.txt",
+        "x/y.json",
+    ]
+    assert hub.wanted_files(names) == ["config.json", "pytorch_model-00001-of-2.bin", "vocab.txt"]
+    with pytest.raises(UserError, match="neither safetensors nor"):
+        hub.wanted_files(["config.json", "model.h5"])
+
+
+def test_a_data_set_of_the_hub_is_saved_by_split_and_read(tmp_path, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    class Info(Api):
+        def dataset_info(self, repo, revision, **_):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(sha="d" * 40)
+
+    def load(repo, config, revision, cache_dir):
+        assert (repo, config, revision) == ("a/b", None, "d" * 40)
+        table = datasets.Dataset.from_list(ROWS)
+        return datasets.DatasetDict({"train": table, "test": table, "extra": table})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Info)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = agnews(kind="hub", repo="a/b", splits={"train": "train", "test": "test"})
+    folder = fetch(task.data.folder, task.data, tmp_path, lambda _: None)
+    assert {path.name for path in folder.iterdir()} == {
+        "train",
+        "test",
+        "dataset_dict.json",
+        "asset.json",
+    }
+    assert {name: len(rows) for name, rows in read(task, tmp_path / "assets").items()} == {
+        "train": 80,
+        "test": 80,
+    }
+    wrong = agnews(kind="hub", repo="a/b", splits={"train": "tain"})
+    with pytest.raises(UserError, match=r"a/b has no split 'tain' \(it has train, test, extra\)"):
+        fetch("wrong", wrong.data, tmp_path)
+
+
+# --- tokenizers --------------------------------------------------------------------------------
+
+
+def tokenizer(folder: Path, **special):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[END]": 1, "a": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special).save_pretrained(
+        folder
+    )
+
+
+def test_a_tokenizer_without_pad_token_pads_with_its_end_or_is_refused(tmp_path):
+    tokenizer(tmp_path / "end", eos_token="[END]")
+    assert Pretrained(tmp_path / "end").pad == 1
+    tokenizer(tmp_path / "none")
+    with pytest.raises(
+        UserError, match="neither a pad token nor one that ends a text; set pad_token"
+    ):
+        Pretrained(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no tokenizer that can be read"):
+        Pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no chat template: set source.chat to false"):
+        Pretrained(tmp_path / "end").chat("a", False)
