@@ -9,6 +9,7 @@ from costbp.analysis.captions import CAPTIONS
 from costbp.config import Cell, load_plan
 from costbp.errors import UserError
 from costbp.files import write_text
+from costbp.tasks.pairs import check_pairs
 
 
 configfile: "config/config.yaml"
@@ -18,7 +19,7 @@ container: "docker://python:3.11-slim"
 
 
 try:
-    PLAN = load_plan(map(Path, workflow.overwrite_configfiles), merged=config)
+    PLAN = check_pairs(load_plan(map(Path, workflow.overwrite_configfiles), merged=config))
     RESULTS = PLAN.results
     RESOLVED = RESULTS / "plan.json"
     resolved = PLAN.model_dump_json(indent=2) + "\n"

@@ -67,7 +67,7 @@ def load(plan: Plan, kind: str) -> tuple[Prepared, Cell]:
             "validation": 12,
             "test": 20,
             "train": 64,
-            "max_length": 60 if model == "tiny_lora" else 176,
+            "max_length": 60 if model in ("tiny_lora", "tiny_head") else 176,
         }
     )
     smaller = plan.model_copy(

@@ -15,6 +15,7 @@ from costbp.config.load import load_plan
 from costbp.config.study import Cell, Plan
 from costbp.console import say
 from costbp.errors import UserError, suggest
+from costbp.tasks.pairs import check_pairs
 
 OFFLINE = "HF_HUB_OFFLINE"
 SAID = os.environ.get(OFFLINE)  # what the user says of the hub
@@ -53,7 +54,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Manifest to write, for 
 def load(config: Sequence[Path] | None, frozen: Path | None) -> Plan:
     """The plan that a command works on."""
     if frozen is None:
-        return load_plan(config or ())
+        return check_pairs(load_plan(config or ()))
     try:
         return Plan.model_validate_json(frozen.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from costbp.cli.app import Config, app, ask_hub
+from costbp.cli.app import Config, app, ask_hub, load
 from costbp.config.catalog import AssetEntry, AssetSource
-from costbp.config.load import load_plan
 from costbp.config.study import Fetched, Plan
 from costbp.console import table
 from costbp.errors import UserError
@@ -31,7 +30,7 @@ class Finding(NamedTuple):
 def doctor(config: Config = None) -> None:
     """Tell what a study needs and what is missing: packages, GPU, hub access, disk, downloads."""
     ask_hub()
-    plan = load_plan(config or ())
+    plan = load(config, None)
     sizes = to_fetch(plan)
     found = [*packages(plan), device(plan), *downloads(plan, sizes), disk(plan, sizes)]
     table(f"study {plan.name}", ("needs", "state", ""), found)

@@ -22,7 +22,6 @@ from costbp.cli.app import (
     known,
     load,
 )
-from costbp.config.load import load_plan
 from costbp.config.study import state
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
@@ -252,7 +251,7 @@ def status(
 @app.command(name="list")
 def list_entries(config: Config = None) -> None:
     """List the catalog: methods, models, tasks, budgets, and the study's experiments."""
-    study = load_plan(config or ())
+    study = load(config, None)
     for kind in ("methods", "models", "tasks", "budgets"):
         entries = getattr(study.catalog, kind)
         table(
@@ -266,7 +265,7 @@ def list_entries(config: Config = None) -> None:
 @app.command()
 def validate(config: Config = None) -> None:
     """Check a study and the catalog; exit code 0 means every reference is good."""
-    study = load_plan(config or ())
+    study = load(config, None)
     print(f"{study.name}: {sum(1 for _ in study.cells())} experiments, {study.runs} runs, valid")
 
 

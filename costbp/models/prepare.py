@@ -24,6 +24,7 @@ from costbp.models.images import image_tokens, pixels_of, processor_settings, st
 from costbp.models.weights import load_tokenizer, positions
 from costbp.tasks.base import Example, load_task
 from costbp.tasks.encoded import Split
+from costbp.tasks.pairs import check_pair
 from costbp.tasks.sources import read_examples
 from costbp.tasks.splits import SPLITS, split
 
@@ -63,24 +64,16 @@ def prepare(plan: Plan, model: str, task: str) -> Path:
 
     Raises:
         UserError: whatever keeps the pair from being trained: a source or column that isn't there,
-            free text for a classifier, images for a model that sees none.
+            longer texts than the model has positions for.
     """
     path = plan.prepared(model, task)
     if path.exists():
         return path
     entry, data = plan.catalog.models[model], plan.catalog.tasks[task]
     definition = load_task(data.loader)
-    if not (entry.writes_text or definition.names):
-        raise UserError(
-            f"model '{model}' puts out classes, and the answers of task '{task}' are free text; "
-            "use a model of form causal or image_text"
-        )
+    check_pair(plan, model, task)
     assets = plan.study.paths.cache / "assets"
     parts = split(read_examples(data, task, assets), data, task)
-    seen = any(e.image is not None for e in parts["train"])
-    if (seen and not entry.sees) or (entry.source.form == "fusion" and not seen):
-        verb = "has images, and model '{}' reads none" if seen else "has no images for model '{}'"
-        raise UserError(f"task '{task}' {verb.format(model)}; use a model of another form")
     limit = positions(entry, assets)
     if limit is not None and data.max_length > limit:
         raise UserError(
@@ -99,6 +92,7 @@ def prepare(plan: Plan, model: str, task: str) -> Path:
         "truncated": {},
         "images": None,
     }
+    seen = definition.shows_images
     images = image_tokens(entry, assets) if seen and entry.writes_text else None
     if seen:
         processor = processor_settings(entry, assets) if entry.writes_text else None

@@ -90,6 +90,11 @@ class Task:
     score: Callable[[Sequence[Example], Sequence[str]], Scores] = accuracy
     new_tokens: int = 8
 
+    @property
+    def shows_images(self) -> bool:
+        """Whether its rows have images."""
+        return "image" in self.columns
+
     def majority(self, examples: Sequence[Example]) -> float:
         """What the commonest answer, given to every example, scores on the main metric."""
         answers = (e.answer if self.names else self.parse(e.answer) for e in examples)
