@@ -10,6 +10,7 @@ from costbp.config import Cell, load_plan
 from costbp.errors import UserError
 from costbp.files import write_text
 from costbp.tasks.pairs import check_pairs
+from costbp.theory.budget import told
 
 
 configfile: "config/config.yaml"
@@ -27,6 +28,9 @@ try:
         write_text(RESOLVED, resolved)
 except UserError as error:
     raise WorkflowError(str(error)) from None
+
+if workflow.is_main_process and (outlook := told(PLAN)):
+    print(outlook, file=sys.stderr)
 
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name

@@ -144,7 +144,9 @@ class ModelEntry(Entry):
     pooling: Literal["mean", "first", "last"] = Field(
         "mean", description="How token states become the feature vector that the head reads."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the base model in training.")
+    dropout: float | None = Field(
+        0.0, ge=0, lt=1, description="Dropout of the base model in training; null: its own."
+    )
 
     @model_validator(mode="after")
     def _parts(self) -> ModelEntry:

@@ -88,6 +88,9 @@ class Resources(Strict):
     gpu: int = Field(0, ge=0, description="GPUs of a training job.")
     mem_mb: int = Field(2500, ge=100, description="Memory of a training job.")
     runtime: int = Field(60, ge=1, description="Minutes a training job may take.")
+    tflops: float = Field(
+        100.0, gt=0, description="TFLOP/s that a GPU sustains, for the estimate of a study's hours."
+    )
 
 
 class Paths(Strict):
@@ -253,7 +256,8 @@ class Plan(Strict):
         catalog = self.catalog
         entries = (catalog.models[model], catalog.tasks[task], catalog.methods[method])
         identity = [entry.identity() for entry in entries]
-        return short_hash([FORMAT, COSTS, self.assets_of(model, task), *identity])
+        device = self.study.device
+        return short_hash([FORMAT, COSTS, device, self.assets_of(model, task), *identity])
 
     def trace_key(self, model: str, methods: Sequence[str]) -> str:
         """Hash of what traced costs of a model depend on."""

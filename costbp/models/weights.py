@@ -207,7 +207,7 @@ def _config(model: ModelEntry, assets: Path, classes: int) -> Any:
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         part.use_cache = False
         for name in DROPOUTS:
-            if hasattr(part, name):
+            if model.dropout is not None and hasattr(part, name):
                 setattr(part, name, model.dropout)
     if source.form == "classifier" and config.pad_token_id is None:
         config.pad_token_id = load_tokenizer(model, assets).pad

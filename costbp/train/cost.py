@@ -19,6 +19,7 @@ from costbp.models.build import build_model
 from costbp.models.prepare import load_prepared, prepare
 from costbp.objective import Key
 from costbp.theory.cost import forward_units
+from costbp.train.devices import device_slot
 from costbp.train.loop import Run
 
 
@@ -33,26 +34,28 @@ def measure_costs(
     FLOPs, units and seconds are those of one optimiser step, mean over the estimator's cycle
     (SVRG's snapshots, calibrations); ``peak_bytes`` is the largest, beyond weights, gradient and
     state (the optimiser's, the estimator's), and ``peak_by_category`` all bytes at that moment;
-    ``seconds`` are medians on the CPU.
+    ``seconds`` are medians on the study's device.
     """
     folder = plan.study.paths.cache / "cost" / model / task
-    entries = []
-    for method in methods:
-        path = folder / f"{method}-{plan.cost_key(model, task, method)}.json"
-        if not path.exists():
-            write_json(path, _measure(plan, model, task, method))
-        entries.append(json.loads(path.read_text()))
-    return entries
+    paths = [folder / f"{m}-{plan.cost_key(model, task, m)}.json" for m in methods]
+    if not all(path.exists() for path in paths):
+        with device_slot(plan.study.device, plan.study.paths.cache / "devices") as device:
+            for method, path in zip(methods, paths, strict=True):
+                if not path.exists():
+                    write_json(path, _measure(plan, model, task, method, device))
+    return [json.loads(path.read_text()) for path in paths]
 
 
-def _measure(plan: Plan, model: str, task: str, method: str) -> dict[str, Any]:
+def _measure(
+    plan: Plan, model: str, task: str, method: str, device: torch.device
+) -> dict[str, Any]:
     budgets = [c.budget for c in plan.cells() if (c.model, c.task) == (model, task)]
     budget = next(iter(budgets or plan.catalog.budgets))
     spec = plan.spec(Cell(model, task, method, budget), seed=0)
     data = load_prepared(prepare(plan, model, task))
     assets = plan.study.paths.cache / "assets"
     module = build_model(spec.model, len(data.names), assets, 0, data.width)
-    run = Run(spec, module, data, torch.device("cpu"))
+    run = Run(spec, module, data, device, assets=assets)
     (batch, *_), estimator = run.batches(), run.estimator
     run.step([batch] * len(estimator.passes(0)), Key(0, 0), StepCost(0, 1.0, 0))  # fills all state
     steps = range(1, estimator.cycle + 1)
@@ -62,10 +65,10 @@ def _measure(plan: Plan, model: str, task: str, method: str) -> dict[str, Any]:
     for step, cost in zip(steps, costs, strict=True):
         if cost.flops not in seconds:
             seconds[cost.flops] = median_seconds(
-                partial(estimator.estimate, run.objective, batches[step], Key(0, step))
+                partial(estimator.estimate, run.objective, batches[step], Key(0, step)), device.type
             )
     largest = max(costs, key=lambda cost: cost.peak_bytes)
-    forward = median_seconds(lambda: forward_only(run.objective, batch))
+    forward = median_seconds(lambda: forward_only(run.objective, batch), device.type)
     summary = run.summary(test=False)
     ids = batch.get("input_ids")
     return {
@@ -87,7 +90,7 @@ def _measure(plan: Plan, model: str, task: str, method: str) -> dict[str, Any]:
         "forward_seconds": forward,
         "batch": spec.task.batch_size,
         "seq": 0 if ids is None else ids.shape[1],
-        "device": "cpu",
+        "device": device.type,
     }
 
 

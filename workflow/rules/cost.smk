@@ -19,6 +19,7 @@ rule cost:
     threads: 1
     priority: 1
     resources:
+        gpu=PLAN.study.resources.gpu,
         mem_mb=PLAN.study.resources.mem_mb,
         runtime=PLAN.study.resources.runtime,
     message:
