@@ -33,6 +33,7 @@ def last_pool(states: Tensor, mask: Tensor) -> Tensor:
     return states[torch.arange(len(states), device=states.device), last]
 
 
+SPREAD = 0.02  # of a head's first weights, as in BERT, RoBERTa and OPT
 POOLINGS = {"mean": mean_pool, "first": first_pool, "last": last_pool}
 
 
@@ -42,7 +43,7 @@ class Head(nn.Module):
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         self.classifier = nn.Linear(width, classes)
-        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.normal_(self.classifier.weight, std=SPREAD)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -120,10 +121,10 @@ def build_model(model: ModelEntry, classes: int, assets: Path, seed: int, width:
 
 
 def _draw(base: Any) -> None:
-    """A classifier's head anew, from the current seed, as transformers initialises it."""
+    """A classifier's head anew, from the current seed."""
     head = next(getattr(base, name) for name in HEADS if hasattr(base, name))
     for layer in head.modules():
         if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=base.config.initializer_range)
+            nn.init.normal_(layer.weight, std=SPREAD)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -83,7 +83,18 @@ class VisionEncoder(nn.Module):
     deviation: Tensor
 
     def __init__(self, file: Path) -> None:
-        super().__init__()
+        self._build()
+        try:
+            state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+            self.load_state_dict({name: state[name] for name in self.state_dict()})
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{file}: no weights of EfficientNet-lite0 ({reason})") from error
+        self.requires_grad_(False)
+        self.eval()
+
+    def _build(self) -> None:
+        nn.Module.__init__(self)
         self._conv_stem, self._bn0 = _Convolution(3, STEM, 3, 2), _norm(STEM)
         blocks, inputs = [], STEM
         for count, kernel, stride, wider, outputs in STAGES:
@@ -93,14 +104,6 @@ class VisionEncoder(nn.Module):
         self._blocks = nn.Sequential(*blocks)
         for name, values in (("mean", MEAN), ("deviation", DEVIATION)):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
-        try:
-            state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-            wanted = self.state_dict()
-            self.load_state_dict({name: state[name] for name in wanted})
-        except Exception as error:
-            raise UserError(f"{file}: no weights of EfficientNet-lite0 ({error})") from error
-        self.requires_grad_(False)
-        self.eval()
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)

@@ -170,7 +170,9 @@ def load_base(model: ModelEntry, assets: Path, classes: int = 0) -> nn.Module:
             config.quantization_config = gptq_reader(stored).to_dict()
         try:
             base = kind.from_pretrained(folder, local_files_only=True, **SAFE, **options)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of transformers, safetensors, pickle, or a layer of ours
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"model '{model.label}': {folder} can't be loaded ({reason})"
