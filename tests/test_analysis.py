@@ -9,6 +9,7 @@ from costbp.analysis import readings, tables
 from costbp.analysis.claims import load_claims
 from costbp.analysis.costs import front_of
 from costbp.analysis.frames import Frames, at_units, first_reach
+from costbp.analysis.tables import metric_table
 from costbp.analysis.verdict import Reading, ledger_word
 from costbp.config import load_plan
 from costbp.errors import UserError
@@ -222,3 +223,12 @@ def test_the_pareto_front_holds_what_nothing_beats():
     assert front_of(rows).index.tolist() == ["d", "a", "b", "c"]
     rows.loc["beaten"] = [25, 2.5]
     assert front_of(rows).index.tolist() == ["d", "a", "b", "c"]
+
+
+def test_further_metrics_have_a_table_of_their_own(plan):
+    data = frames({"bp_checkpointing": [0.9, 0.8], "zo_vanilla": [0.5]}, {"bp_checkpointing": 0.9, "zo_vanilla": 0.5})  # fmt: skip
+    assert metric_table(plan, data).empty
+    data.runs["test_exact_match"] = [0.5, 0.25, None]
+    table = metric_table(plan, data)
+    assert list(table.columns) == ["Model", "Task", "Method", "Exact match, %"]
+    assert table["Exact match, %"].tolist() == ["37.5 (25.0-50.0)"]

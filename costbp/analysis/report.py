@@ -14,7 +14,7 @@ from costbp.analysis.captions import CAPTIONS
 from costbp.analysis.claims import judge
 from costbp.analysis.frames import Frames
 from costbp.analysis.readings import reference_method
-from costbp.analysis.tables import HEADERS, cost_table, readable, scale_line, spread
+from costbp.analysis.tables import HEADERS, cost_table, metric_table, readable, scale_line, spread
 from costbp.config.study import Plan
 from costbp.files import write_json, write_text
 
@@ -167,6 +167,7 @@ def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
         cards=headline(plan, frames),
         claims=claims,
         summary=readable(plan, frames).rename(columns=HEADERS),
+        metrics=metric_table(plan, frames),
         costs=cost_table(plan, frames),
         unusual=unusual(frames),
         figures={name: (caption, images[name]) for name, caption in CAPTIONS.items()},

@@ -72,6 +72,7 @@ def numbers(frames: Frames) -> pd.DataFrame:
         optimizer=("optimizer", "first"),
         outcome=("outcome", lambda found: ", ".join(sorted(set(found)))),
         commit=("commit", "first"),
+        **{f"{name}_mean": (name, "mean") for name in further(frames)},
     )
     return table.reset_index()
 
@@ -97,6 +98,33 @@ def readable(plan: Plan, frames: Frames) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows, columns=list(HEADERS))
+
+
+def further(frames: Frames) -> list[str]:
+    """Columns of the test split's metrics beside accuracy and loss."""
+    own = ("test_accuracy", "test_loss")
+    return [c for c in frames.runs if c.startswith("test_") and c not in own]
+
+
+def metric_table(plan: Plan, frames: Frames) -> pd.DataFrame:
+    """What benchmarks report beside accuracy, as text: one row an experiment that has any."""
+    columns, rows = further(frames), []
+    for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False):
+        if runs[columns].notna().any(axis=None):
+            rows.append(
+                {
+                    "Model": plan.catalog.models[model].label,
+                    "Task": plan.catalog.tasks[task].label,
+                    "Method": plan.catalog.methods[method].label,
+                }
+                | {f"{words(name)}, %": spread(runs[name], 100) for name in columns}
+            )
+    return pd.DataFrame(rows)
+
+
+def words(column: str) -> str:
+    """``Accuracy by generation`` for ``test_accuracy_by_generation``."""
+    return column.removeprefix("test_").replace("_", " ").capitalize()
 
 
 def cost_table(plan: Plan, frames: Frames) -> pd.DataFrame:
@@ -161,9 +189,12 @@ def write(plan: Plan, frames: Frames, folder: Path) -> None:
     """``summary.{md,csv,tex}`` and ``cost.{md,csv}``."""
     caption = scale_line(plan)
     table = readable(plan, frames).rename(columns=HEADERS)
-    write_text(folder / "summary.md", f"{caption}\n\n{markdown(table)}")
+    metrics = metric_table(plan, frames)
+    more = "" if metrics.empty else f"\nOther metrics of the test split.\n\n{markdown(metrics)}"
+    write_text(folder / "summary.md", f"{caption}\n\n{markdown(table)}{more}")
     write_text(folder / "summary.csv", numbers(frames).to_csv(index=False))
     write_text(folder / "summary.tex", latex(table, caption))
     costs = cost_table(plan, frames)
-    write_text(folder / "cost.md", f"Cost of one optimiser step, on the CPU.\n\n{markdown(costs)}")
+    devices = " and ".join(sorted(set(frames.costs["device"])))
+    write_text(folder / "cost.md", f"Cost of one optimiser step ({devices}).\n\n{markdown(costs)}")
     write_text(folder / "cost.csv", frames.costs.to_csv(index=False))
