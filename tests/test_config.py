@@ -73,7 +73,6 @@ def test_mistakes(workdir, file, old, new, words):
         ("studies/full_size.yaml", "      model: llama_3_1_8b", "      model: lama", ["costs.sweeps.plans.models", "'lama'"]),
         ("studies/full_size.yaml", "values: [2, 4, 8, 16, 32]", "values: [1, 2]", ["costs.sweeps.directions", "'spread' needs directions.count >= 2"]),
         ("studies/full_size.yaml", "[8GB, 16GB", "[8GB, 16XB", ["costs.fits.cards", "with a unit, as 24GB"]),
-        ("config.yaml", "[minilm_lora]", "[opt_13b]", ["experiments[0].models[0] = 'opt_13b'", "`costbp fit` alone"]),
     ],
 )  # fmt: skip
 def test_mistakes_with_costs(workdir, file, old, new, words):
@@ -83,6 +82,20 @@ def test_mistakes_with_costs(workdir, file, old, new, words):
     for word in (Path(file).name, *words):
         assert word in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_weights_is_not_trained(workdir):
+    file = workdir / "config/catalog/models.yaml"
+    edit(
+        file,
+        "    weights: {repo: facebook/opt-13b, revision: e515202d1e7750da62d245fbccb2723b9c1790f5}\n",
+        "",
+    )
+    edit(workdir / "config/config.yaml", "[minilm_lora]", "[opt_13b]")
+    with pytest.raises(
+        UserError, match=r"experiments\[0\].models\[0\] = 'opt_13b' serves .*fit` alone"
+    ):
+        load_plan()
 
 
 EXACT = {"kind": "exact"}

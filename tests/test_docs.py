@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from costbp.cli import app
 from costbp.config import Cell, MethodEntry, load_plan
+from costbp.config.load import task_modules
 from costbp.errors import UserError
 from costbp.estimators import build_estimator
 from costbp.models.build import Head
@@ -159,6 +160,34 @@ def test_a_function_that_builds_no_estimator_is_one_line(example, function, word
     with pytest.raises(UserError, match=re.escape(f"{EXAMPLE}: {words}")) as caught:
         build_estimator(method(function=function, options={}))
     assert "\n" not in str(caught.value)
+
+
+# --- adding a task -----------------------------------------------------------------------------
+
+
+def test_the_pages_task_is_valid_and_reads_its_file(workdir, monkeypatch):
+    page = re.sub(
+        r"^   ", "", (DOCS / "add-an-entry.md").read_text(), flags=re.M
+    )  # out of its list
+    code = dict(BLOCK.findall(page))
+    (path,) = [name for name in code if name.startswith("costbp/tasks/")]
+    namespace: dict = {}
+    exec(compile(code[path], path, "exec"), namespace)
+    task = namespace["TASK"]
+    (workdir / "sms_spam.csv").write_text("spam,text\n0,see you  at six\n1,WIN now\n")
+    found = [task.example(row) for _, row in task.rows(workdir)]
+    assert [(e.text, e.answer) for e in found] == [("see you at six", "ham"), ("WIN now", "spam")]
+    entry = code["config/catalog/tasks.yaml"]
+    with Path("config/catalog/tasks.yaml").open("a") as stream:
+        stream.write("\n" + entry)
+    with pytest.raises(UserError, match="loader = 'sms_spam' is not a module of costbp/tasks"):
+        load_plan()
+    monkeypatch.setattr("costbp.config.load.find_spec", lambda name: True)
+    monkeypatch.setattr("costbp.config.load.task_modules", lambda: ["sms_spam", "trec", *MODULES])
+    assert load_plan().catalog.tasks["sms_spam"].batch_size == 16
+
+
+MODULES = task_modules()
 
 
 # --- tables ------------------------------------------------------------------------------------

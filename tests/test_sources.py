@@ -175,6 +175,14 @@ def test_a_study_replaces_a_source_and_its_content_names_the_runs(mine):
     assert plan.spec(cell, 0).hash != before.hash
 
 
+def test_a_partition_is_laid_over_a_task(mine):
+    mine.write_text(
+        mine.read_text().replace("batch_size: 2,", "batch_size: 2, partition: {parts: 2},")
+    )
+    partition = load_plan([mine]).catalog.tasks["gsm8k"].partition
+    assert (partition.alpha, partition.parts, partition.part, partition.test) == (1.0, 2, 0, 0.2)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

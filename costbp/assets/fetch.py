@@ -7,13 +7,14 @@ catalog, and the members that the catalog names are unpacked. Later calls only v
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from costbp.config.catalog import AssetEntry
@@ -83,6 +84,16 @@ def damage(folder: Path, what: Fetched) -> str | None:
         if not path.is_file() or _state(path, expected) != expected:
             return f"{member} is missing or has changed"
     return None
+
+
+def commits(names: Iterable[str], cache: Path) -> dict[str, str]:
+    """The commits of fetched repositories: what a revision `main` has meant."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            record = json.loads((cache / "assets" / name / RECORD).read_text())
+            found[name] = str(record["commit"])
+    return found
 
 
 def _state(path: Path, like: str | int) -> str | int:

@@ -6,14 +6,15 @@ import contextlib
 import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
 
+from costbp.assets.fetch import commits
 from costbp.config.study import Cell, Plan, RunSpec
 from costbp.console import say
 from costbp.errors import UserError
@@ -36,6 +37,7 @@ from costbp.train.record import (
 )
 
 CHECKPOINT_SECONDS = 20.0
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 class Stop:
@@ -90,7 +92,8 @@ def run_specs(
                         slots = plan.study.paths.cache / "devices"
                         device = stack.enter_context(device_slot(plan.study.device, slots))
                     one = _build(spec, data, device, plan, costs)
-                    record = run(one, folder, stop, test=test)
+                    read = commits(spec.assets, plan.study.paths.cache)
+                    record = run(one, folder, stop, test=test, commits=read)
             records.append(record)
             done(record)
     failures = [record for record in records if record.outcome == "failed"]
@@ -121,8 +124,10 @@ def _build(
     return Run(spec, module, data, device, counter, assets)
 
 
-def run(one: Run, folder: Path, stop: Stop, *, test: bool) -> Record:
-    """Bring a run to its outcome and store it."""
+def run(
+    one: Run, folder: Path, stop: Stop, *, test: bool, commits: Mapping[str, str] = NONE
+) -> Record:
+    """Bring a run to its outcome and store it, with the commits of the repositories it read."""
     spec = one.spec
     title = f"{'/'.join(spec.cell)} seed {spec.seed}"
     _resume(one, folder, title)
@@ -150,7 +155,7 @@ def run(one: Run, folder: Path, stop: Stop, *, test: bool) -> Record:
         outcome=outcome,
         message=message,
         summary=one.summary(test=test and usable),
-        environment=environment(_name(one.device)),
+        environment=environment(_name(one.device)) | {f"read {k}": v for k, v in commits.items()},
         finished=datetime.now(UTC).replace(microsecond=0),
     )
     write_run(folder, record, one.state.rows)
