@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from costbp.config import Cell, load_plan
+from costbp.config.load import overlaid
 from costbp.config.study import Plan
 from costbp.measure.step import StepCost
 from costbp.models.build import build_model
@@ -29,6 +30,7 @@ KINDS = {
     "pairs_as_text": ("tiny_decoder", "name_fits"),
     "choices": ("tiny_decoder", "word_choices"),
     "numbers": ("tiny_decoder", "word_problems"),
+    "packed": ("tiny_packed", "word_problems"),
     "images": ("tiny_seer", "easy_vqa"),
 }
 
@@ -39,7 +41,11 @@ def plan(tmp_path_factory):
     folder = working_copy(tmp_path_factory.mktemp("standins"))
     draw_easy_vqa(folder / "cache/assets/easy_vqa")
     with contextlib.chdir(folder):
-        yield load_plan()
+        plan = load_plan()
+        packed = {"source.bits": 4, "source.group": 16}
+        entry = overlaid(plan.catalog.models["tiny_decoder"], packed, "test")
+        plan.catalog.models["tiny_packed"] = entry
+        yield plan
 
 
 def draw_easy_vqa(folder: Path) -> None:

@@ -7,6 +7,7 @@ their range.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ MARKERS = {"bp": "o", "fmad": "s", "zo": "^"}
 PANEL = (4.3, 3.1)  # inches
 LEGEND = 0.27  # inches a row
 COLUMNS = 4  # of the legend
+ABREAST = 3  # panels
 READABLE = (0, 1, 2, 3, 4, 5, 7, 9, 6, 8)  # of seaborn's ten, the pale ones last
 
 
@@ -83,28 +85,28 @@ def _grid(
 ) -> Figure:
     """A panel per (model, task); ``draw(axis, rows)`` fills it; one legend below all."""
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.35)
-    models = list(dict.fromkeys(frame["model"]))
-    tasks = list(dict.fromkeys(frame["task"]))
+    pairs = list(dict.fromkeys(zip(frame["model"], frame["task"], strict=True)))
+    tasks = dict.fromkeys(task for _, task in pairs)
+    whole = len(pairs) == len(tasks) * len({model for model, _ in pairs})
+    columns = len(tasks) if whole and len(tasks) <= ABREAST else min(ABREAST, len(pairs))
+    lines = -(-len(pairs) // columns)
     rows_of_legend = -(-frame["Method"].nunique() // COLUMNS)
     legend_height = LEGEND * (1 + rows_of_legend)
-    size = (PANEL[0] * max(2, len(tasks)), PANEL[1] * len(models) + legend_height)
-    figure, axes = plt.subplots(len(models), len(tasks), figsize=size, squeeze=False)
-    for i, model in enumerate(models):
-        for j, task in enumerate(tasks):
-            axis = axes[i][j]
-            rows = frame[(frame["model"] == model) & (frame["task"] == task)]
-            if rows.empty:
-                axis.set_axis_off()
-                continue
-            draw(axis, rows)
-            axis.set_title(
-                f"{plan.catalog.tasks[task].label}\n{plan.catalog.models[model].label}", fontsize=11
-            )
-            axis.set_xlabel(x if i == len(models) - 1 else "")
-            axis.set_ylabel(y if j == 0 else "")
-            legend = axis.get_legend()
-            if legend is not None:
-                legend.remove()
+    size = (PANEL[0] * max(2, columns), PANEL[1] * lines + legend_height)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for place, axis in enumerate(axes.flat):
+        if place >= len(pairs):
+            axis.set_axis_off()
+            continue
+        model, task = pairs[place]
+        draw(axis, frame[(frame["model"] == model) & (frame["task"] == task)])
+        title = plan.catalog.tasks[task].label, plan.catalog.models[model].label
+        axis.set_title("\n".join(fill(line, 44) for line in title), fontsize=11)
+        axis.set_xlabel(x if place + columns >= len(pairs) else "")
+        axis.set_ylabel(y if place % columns == 0 else "")
+        legend = axis.get_legend()
+        if legend is not None:
+            legend.remove()
     order = style(plan).order
     found: dict[str, Any] = {}
     for axis in figure.axes:  # not every panel has every method
@@ -196,8 +198,10 @@ def memory_accuracy(plan: Plan, frames: Frames) -> Figure:
                 capsize=3,
                 label=label,
             )
-        axis.set_ylim(0, 1)
+        axis.set_ylim(-0.03, 1)
         axis.set_xscale("log")
+        ends = rows["bytes"].min(), rows["bytes"].max()
+        axis.set_xlim(2 ** math.floor(math.log2(ends[0])), 2 ** math.ceil(math.log2(ends[1] + 1)))
         axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
         axis.xaxis.set_major_formatter(lambda value, _: mib(value).replace(".0", ""))
         axis.xaxis.set_minor_formatter(NullFormatter())
