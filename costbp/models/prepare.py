@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from costbp.config.study import Plan
 from costbp.errors import UserError
-from costbp.files import atomic
+from costbp.files import atomic, lock
 from costbp.models.build import Encoder, features, load_encoder
 from costbp.models.encode import choices, encode
 from costbp.models.images import image_tokens, pixels_of, processor_settings, store_images
@@ -67,8 +67,14 @@ def prepare(plan: Plan, model: str, task: str) -> Path:
             longer texts than the model has positions for.
     """
     path = plan.prepared(model, task)
-    if path.exists():
-        return path
+    if not path.exists():
+        with lock(path.with_name(f".{path.stem}.lock")):  # models of one source share the file
+            if not path.exists():
+                _prepare(plan, model, task, path)
+    return path
+
+
+def _prepare(plan: Plan, model: str, task: str, path: Path) -> None:
     entry, data = plan.catalog.models[model], plan.catalog.tasks[task]
     definition = load_task(data.loader)
     check_pair(plan, model, task)
@@ -121,7 +127,6 @@ def prepare(plan: Plan, model: str, task: str) -> Path:
             tensors[f"{name}.examples"] = _packed(part)
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
-    return path
 
 
 def _packed(examples: list[Example]) -> torch.Tensor:
