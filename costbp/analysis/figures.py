@@ -86,9 +86,10 @@ def _grid(
     """A panel per (model, task); ``draw(axis, rows)`` fills it; one legend below all."""
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.35)
     pairs = list(dict.fromkeys(zip(frame["model"], frame["task"], strict=True)))
-    tasks = dict.fromkeys(task for _, task in pairs)
-    whole = len(pairs) == len(tasks) * len({model for model, _ in pairs})
-    columns = len(tasks) if whole and len(tasks) <= ABREAST else min(ABREAST, len(pairs))
+    models, tasks = dict.fromkeys(frame["model"]), dict.fromkeys(frame["task"])
+    columns = min(ABREAST, len(pairs))
+    if len(pairs) == len(models) * len(tasks) and len(tasks) <= ABREAST:  # a row a model
+        pairs, columns = [(model, task) for model in models for task in tasks], len(tasks)
     lines = -(-len(pairs) // columns)
     rows_of_legend = -(-frame["Method"].nunique() // COLUMNS)
     legend_height = LEGEND * (1 + rows_of_legend)
@@ -200,8 +201,8 @@ def memory_accuracy(plan: Plan, frames: Frames) -> Figure:
             )
         axis.set_ylim(-0.03, 1)
         axis.set_xscale("log")
-        ends = rows["bytes"].min(), rows["bytes"].max()
-        axis.set_xlim(2 ** math.floor(math.log2(ends[0])), 2 ** math.ceil(math.log2(ends[1] + 1)))
+        least, most = rows["bytes"].min() / 1.1, rows["bytes"].max() * 1.1
+        axis.set_xlim(2 ** math.floor(math.log2(least)), 2 ** math.ceil(math.log2(most)))
         axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
         axis.xaxis.set_major_formatter(lambda value, _: mib(value).replace(".0", ""))
         axis.xaxis.set_minor_formatter(NullFormatter())
