@@ -201,7 +201,7 @@ def memory_accuracy(plan: Plan, frames: Frames) -> Figure:
             )
         axis.set_ylim(-0.03, 1)
         axis.set_xscale("log")
-        least, most = rows["bytes"].min() / 1.1, rows["bytes"].max() * 1.1
+        least, most = max(1, rows["bytes"].min() / 1.1), max(2, rows["bytes"].max() * 1.1)
         axis.set_xlim(2 ** math.floor(math.log2(least)), 2 ** math.ceil(math.log2(most)))
         axis.xaxis.set_major_locator(LogLocator(base=2, numticks=6))
         axis.xaxis.set_major_formatter(lambda value, _: mib(value).replace(".0", ""))
