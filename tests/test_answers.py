@@ -46,7 +46,14 @@ def test_a_letter_is_read_from_odd_outputs(written, letter):
 
 @pytest.mark.parametrize(
     ("written", "answer"),
-    [("Yes.", "yes"), ("no, it isn't", "no"), ("I know yes", "yes"), ("nothing", ""), ("NO", "no")],
+    [
+        ("Yes.", "yes"),
+        ("no, it isn't", "no"),
+        ("I know yes", "yes"),
+        ("nothing", ""),
+        ("NO", "no"),
+        ("Yes, there is no doubt", "yes"),
+    ],
 )
 def test_yes_and_no_are_read_as_words(written, answer):
     assert boolq.TASK.parse(written) == multirc.TASK.parse(written) == answer

@@ -23,11 +23,12 @@ from costbp.config.catalog import (
 )
 from costbp.errors import UserError
 from costbp.estimators.forward_mode import directional_derivatives
-from costbp.models.build import build_model
+from costbp.models.build import Classifier, build_model, mean_pool
 from costbp.models.families import family_source
 from costbp.models.full_size import sample_batch, transformers_config
 from costbp.models.fusion import Fusion, VisionEncoder
 from costbp.models.loss import cross_entropy
+from costbp.models.trainable import trainable
 from costbp.models.weights import load_base, weights_folder
 from costbp.objective import Objective
 from tests.entries import lora
@@ -117,6 +118,32 @@ def test_what_each_kind_of_training_trains(tmp_path):
     assert build_model(
         local(tmp_path / "m", "encoder", HeadTraining(kind="head")), 3, tmp_path, 0, 7
     )({"features": torch.randn(2, 7)}).shape == (2, 3)
+
+
+def test_of_a_fusion_only_head_and_projection_may_be_trained(vision, tmp_path):
+    source = RandomSource(kind="random", model_type="bert", config=BERT)
+    base = load_base(ModelEntry(label="x", source=source, train=lora("bert")), tmp_path)
+    model = trainable(base, "fusion", HeadTraining(kind="head"))
+    module = Classifier(Fusion(model, vision, mean_pool), 3)
+    trained = {name.split(".")[-2] for name, p in module.named_parameters() if p.requires_grad}
+    assert trained == {"projection", "classifier"}
+
+
+def test_a_format_of_four_bits_needs_four_bits():
+    with pytest.raises(ValueError, match="packing nf4 needs bits: 4"):
+        FolderSource(kind="folder", path="x", packing="nf4")
+
+
+def test_a_broken_gguf_file_is_one_line_and_leaves_nothing(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(b"GGUF and no more")
+    source = AssetSource(kind="asset", asset="a", gguf="model.gguf", form="causal")
+    entry = ModelEntry(label="x", source=source, train=lora("llama"))
+    with pytest.raises(UserError, match=r"model\.gguf: can't be unpacked") as caught:
+        weights_folder(entry, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in folder.iterdir()) == [".unpacked.lock", "model.gguf"]
 
 
 def test_dropout_is_the_entrys_or_the_models_own(tmp_path):
@@ -223,9 +250,6 @@ def test_the_vision_encoder_is_frozen_and_gives_a_vector_a_cell(vision):
 
 
 def test_forward_mode_through_image_and_text_equals_reverse_mode(vision, tmp_path):
-    from costbp.models.build import Classifier, mean_pool
-    from costbp.models.trainable import trainable
-
     source = RandomSource(kind="random", model_type="bert", config=BERT)
     base = load_base(ModelEntry(label="x", source=source, train=lora("bert")), tmp_path)
     module = Classifier(Fusion(trainable(base, "fusion", lora("bert")), vision, mean_pool), 3)

@@ -8,6 +8,8 @@ import pytest
 
 from costbp.config import load_plan
 from costbp.config.catalog import BudgetEntry
+from costbp.config.load import overlaid
+from costbp.errors import UserError
 from costbp.tasks.pairs import check_pairs
 from costbp.theory.budget import outlook, told
 from costbp.train.trace import Bench
@@ -79,6 +81,14 @@ def test_every_study_of_the_repository_is_valid(path):
     plan = check_pairs(load_plan([path.relative_to(ROOT)]))
     assert plan.runs > 0
     assert plan.study.paths.reports.name == plan.name or path.stem == "laptop"
+
+
+def test_a_chunked_loss_is_for_costs_alone():
+    plan = load_plan([ROOT / "config/studies/paper.yaml"])
+    entry = overlaid(plan.catalog.models["llama_3_1_8b"], {"source.loss_chunk": 64}, "test")
+    plan.catalog.models["llama_3_1_8b"] = entry
+    with pytest.raises(UserError, match=r"source\.loss_chunk serves `costbp cost` alone"):
+        check_pairs(plan)
 
 
 def test_the_papers_study_is_whole():

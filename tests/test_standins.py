@@ -18,7 +18,7 @@ from costbp.models.encode import Prompter, encode
 from costbp.models.prepare import Prepared, load_prepared, prepare
 from costbp.models.tokenizer import Bytes
 from costbp.objective import Key
-from costbp.tasks import easy_vqa, multirc
+from costbp.tasks import easy_vqa, gsm8k, multirc
 from costbp.tasks.base import Example, load_task
 from costbp.train.loop import Run
 from tests.conftest import ROOT, working_copy
@@ -239,6 +239,19 @@ def test_prompts_are_cut_in_the_context_first_and_end_as_they_should(limit):
         assert prompt.startswith("once upon") and prompt.endswith(task.instruction)
     if limit >= 60:  # what asks for the answer stays
         assert words.text(row[:start]).endswith(task.instruction)
+
+
+@pytest.mark.parametrize("limit", [40, 130, 160])
+def test_a_prompt_is_cut_alike_whatever_its_answer(limit):
+    words, task = Bytes(260), gsm8k.TASK
+    question = "How many apples are there in all? " * 2
+    answers = ["#### 1", "first this, then that, " * 9 + "#### 12"]
+    encoded = encode([Example(question, answer) for answer in answers], entry(), task, limit, words)
+    one, other = (row[:start] for row, start in zip(encoded.rows, encoded.starts, strict=True))
+    assert one == other
+    assert words.text(one).endswith(task.instruction) == (limit > 40)
+    assert max(map(len, encoded.rows)) == limit and encoded.truncated == 2
+    assert words.text(encoded.rows[1][len(other) :]).startswith(" first this")
 
 
 def test_a_classifiers_pair_is_cut_in_its_context_first():

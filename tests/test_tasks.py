@@ -106,6 +106,16 @@ def test_a_label_skewed_part_is_dealt_from_the_pool(task):
     assert max(shares) - min(shares) > 0.2  # of a third each
 
 
+@pytest.mark.parametrize("partition", [None, Partition(parts=2)])
+def test_no_two_splits_share_a_passage(task, partition):
+    pool = [Example(f"text {i}", "ab"[i % 2], f"passage {i // 7}") for i in range(700)]
+    entry = task.model_copy(update={"validation": 30, "test": 50, "partition": partition})
+    parts = split({POOL: pool}, entry)
+    passages = [{e.context for e in part} for part in parts.values()]
+    assert sum(map(len, passages)) == len(set.union(*passages))
+    assert all(30 <= len(parts[name]) <= 57 for name in ("validation", "test"))
+
+
 def test_too_few_examples_are_one_sentence(task):
     with pytest.raises(UserError, match="task 'x': 60 examples are too few for 20 validation"):
         split({POOL: examples(60)}, task, "x")

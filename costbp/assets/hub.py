@@ -34,10 +34,19 @@ def from_hub(what: Repository | HubData, scratch: Path, say: Say) -> str:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if full := _disk_full(error):
             shutil.rmtree(scratch, ignore_errors=True)
-            raise
+            raise full from error
         raise UserError(explained(what, error)) from error
+
+
+def _disk_full(error: BaseException | None) -> OSError | None:
+    """The refusal to write that libraries may have wrapped."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def explained(what: Repository | HubData, error: Exception) -> str:
@@ -117,8 +126,8 @@ def _model(what: Repository, folder: Path, say: Say) -> str:
         raise UserError(f"{what.repo} {error}") from None
     total = sum(sizes[name] for name in names)
     free = shutil.disk_usage(folder).free
-    if total + MARGIN > free:
-        shutil.rmtree(folder, ignore_errors=True)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if total - there + MARGIN > free:
         raise UserError(
             f"{what.repo} takes {total / 2**30:.1f} GiB, and {folder.parent} has "
             f"{free / 2**30:.1f} GiB free; set paths.cache to a larger disk"

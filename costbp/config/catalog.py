@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,12 @@ class Held(Strict):
         "of this side.",
     )
     chat: bool = Field(False, description="Prompts go through the tokenizer's chat template.")
+
+    @model_validator(mode="after")
+    def _packs(self) -> Self:
+        if self.packing != "rtn" and self.bits is None:
+            raise ValueError(f"packing {self.packing} needs bits: 4")
+        return self
 
 
 class Repository(Strict):
@@ -128,7 +134,7 @@ class HeadTraining(Strict):
 
 
 class FullTraining(Strict):
-    """Every parameter is trained."""
+    """Every parameter is trained, in the base's dtype."""
 
     kind: Literal["full"]
 
@@ -222,6 +228,12 @@ class Mapped(Strict):
     columns: dict[str, str] = Field(
         default_factory=dict, description="The task's column -> the source's, where they differ."
     )
+
+    @model_validator(mode="after")
+    def _trains(self) -> Self:
+        if self.splits and "train" not in self.splits:
+            raise ValueError("data.splits must say which of the source's splits is train")
+        return self
 
 
 class HubData(Mapped, Repository):

@@ -240,6 +240,7 @@ class Plan(Strict):
         """Where the pair's encoded splits are cached. Models that share source and form share it."""
         entry, data = self.catalog.models[model], self.catalog.tasks[task]
         key = {
+            "format": FORMAT,
             "source": entry.source.model_dump(mode="json"),
             "pooling": entry.pooling if entry.reads_features else None,
             "task": data.model_copy(update={"batch_size": 1}).identity(),

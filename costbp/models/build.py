@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from costbp.config.catalog import ConfigSource, FullTraining, ModelEntry
-from costbp.errors import UserError
+from costbp.config.catalog import FullTraining, ModelEntry
 from costbp.models.fusion import Fusion, VisionEncoder
 from costbp.models.trainable import HEADS, Transformer, trainable
 from costbp.models.weights import load_base, vision_file, without_collection
@@ -96,14 +95,12 @@ def build_model(model: ModelEntry, classes: int, assets: Path, seed: int, width:
         width: length of a cached feature vector; 0 where the model reads tokens.
 
     Raises:
-        UserError: weights are missing or not readable, or the entry asks for what can't be.
+        UserError: weights are missing or not readable.
     """
     if width:
         torch.manual_seed(seed)
         return Head(width, classes).train()
     source = model.source
-    if isinstance(source, ConfigSource) and source.loss_chunk is not None:
-        raise UserError(f"model '{model.label}': source.loss_chunk serves `costbp cost` alone")
     base: Any = load_base(model, assets, classes if source.form == "classifier" else 0)
     torch.manual_seed(seed)
     if model.writes_text or source.form == "classifier":

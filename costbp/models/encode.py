@@ -11,7 +11,7 @@ from costbp.models.images import ImageTokens
 from costbp.models.tokenizer import Tokenizer
 from costbp.tasks.base import Example, Task
 
-LEAST = 4  # tokens of a prompt that are kept, however long the answer
+LEAST = 4  # tokens of a prompt that are kept, however long the answers
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,25 @@ def _cut(row: list[int], length: int) -> list[int]:
 
 
 def _prompts(examples: Sequence[Example], prompter: Prompter, limit: int) -> Encoded:
+    """What a prompt is cut to doesn't depend on its answer: in a test that would give it away."""
     rows, starts, truncated = [], [], 0
+    room = max(LEAST, limit - prompter.reserve(limit))
     for example, prompt in zip(examples, prompter.all(examples), strict=True):
         answer = prompter.answer(example.answer)
-        excess = len(prompt) + len(answer) - limit
-        if excess > 0:
-            truncated += 1
-            prompt = prompter.shorter(example, excess)
-            room = max(LEAST, limit - len(answer))
-            if example.image is not None and len(prompt) > room:
+        if len(prompt) > room:
+            shorter = prompter.shorter(example, len(prompt) - room)
+            if example.image is not None and len(shorter) > room:
                 raise UserError(
                     f"max_length = {limit}: the image of '{example.text[:40]}' and what belongs to "
-                    f"it take {len(prompt) + len(answer)} tokens; raise it or lower image_side"
+                    f"it take {len(shorter)} tokens of {room}; raise it or lower image_side"
                 )
-            prompt = prompt[:room]
-            answer = answer[: limit - len(prompt)]
-        rows.append([*prompt, *answer])
-        starts.append(len(prompt))
+            row = [*shorter[:room], *answer]
+            starts.append(min(len(shorter), room))
+        else:
+            row = [*prompt, *answer]
+            starts.append(len(prompt))
+        truncated += len(prompt) > room or len(row) > limit
+        rows.append(row[:limit])
     return Encoded(rows, starts, truncated)
 
 
@@ -115,6 +117,13 @@ class Prompter:
         """Token ids of an answer with the token that ends it."""
         ids = answer_ids(answer, self.words, chat=self.model.source.chat)
         return ids if self.words.end is None else [*ids, self.words.end]
+
+    def reserve(self, limit: int) -> int:
+        """Tokens that are kept for answers: those of the longest name or, of free text, what the
+        task may write, at most half of all."""
+        if self.task.names:
+            return max(len(self.answer(name)) for name in self.task.names)
+        return min(self.task.new_tokens, limit // 2)
 
     def shorter(self, example: Example, excess: int) -> list[int]:
         """The prompt with its context, or else its text, cut by ``excess`` tokens; what comes after

@@ -110,7 +110,7 @@ def pixels_of(facts: Mapping[str, Any], split: str, path: Path) -> Pixels:
     return processed if facts["processor"] else plain
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=2048)  # half a GiB at the largest default side
 def _square(file: Path, side: int) -> torch.Tensor:
     picture = open_image(file.read_bytes(), str(file)).resize((side, side))
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
@@ -180,9 +180,15 @@ class ImageTokens:
         return [self.first, *cells, self.last, *row]
 
     def _count(self, image: bytes) -> int:
-        picture = shrunk(open_image(image), self.side)
-        patches = self.processor.get_number_of_image_patches(picture.height, picture.width)
+        patches = self.processor.get_number_of_image_patches(*_size(image, self.side))
         return int(patches) // self.processor.merge_size**2
+
+
+@lru_cache(maxsize=2**16)
+def _size(image: bytes, side: int) -> tuple[int, int]:
+    """Height and width of a shrunk picture; many questions are asked of one."""
+    picture = shrunk(open_image(image), side)
+    return picture.height, picture.width
 
 
 def image_tokens(model: ModelEntry, assets: Path) -> ImageTokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from costbp.models.trainable import HEADS
 VISION = "visual"
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(nn.Linear, ABC):
     """``nn.Linear`` with a frozen weight that is packed. The weight in full exists for one product at
     a time, forward and backward, and is never saved.
 
@@ -34,9 +35,9 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self)
 
+    @abstractmethod
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in full."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits=4"

@@ -38,10 +38,11 @@ def trainable(
 ) -> nn.Module:
     """The model with ``requires_grad`` on what its entry trains, adapters put in.
 
-    Trained parameters are float32 whatever the base's dtype is, as peft keeps them.
+    Trained adapters and heads are float32 whatever the base's dtype is, as peft keeps them.
 
     Args:
-        form: as in the catalog; a classifier's head is trained beside adapters.
+        form: as in the catalog; a classifier's head is trained beside adapters. A base without a
+            head of its own is frozen whole: ours comes on top.
         adapters_at_zero: start LoRA's second factor at zero, as in training.
 
     Raises:
@@ -52,10 +53,10 @@ def trainable(
     model.requires_grad_(False)
     head = next((name for name in HEADS if hasattr(model, name)), "")
     if isinstance(train, HeadTraining):
+        output = model.get_output_embeddings()
         if form == "classifier":
             getattr(model, head).requires_grad_(True)
-        else:  # untied from the embedding, which stays frozen
-            output = model.get_output_embeddings()
+        elif output is not None:  # untied from the embedding, which stays frozen
             output.weight = nn.Parameter(output.weight.detach().clone())
         return _in_float32(model)
     from peft import LoraConfig, get_peft_model

@@ -84,9 +84,10 @@ def _unpacked(folder: Path, file: str) -> Path:
                 f"{folder / file}: GGUF files are read with the packages gguf and sentencepiece: "
                 "pip install gguf sentencepiece"
             ) from error
-        except OSError as error:
+        except Exception as error:  # of transformers, gguf, safetensors, or the disk
             shutil.rmtree(scratch, ignore_errors=True)
-            raise UserError(f"{folder / file}: can't be unpacked ({error})") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{folder / file}: can't be unpacked ({reason})") from error
         scratch.replace(target)
     return target
 

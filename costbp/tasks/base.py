@@ -17,7 +17,7 @@ from typing import Any
 from costbp.errors import UserError
 
 Row = Mapping[str, Any]
-Scores = dict[str, float]
+Metrics = dict[str, float]
 POOL = ""  # name of the split of a source that has one only
 
 
@@ -43,7 +43,7 @@ class Example:
     image: bytes | None = field(default=None, repr=False)
 
 
-def accuracy(examples: Sequence[Example], given: Sequence[str]) -> Scores:
+def accuracy(examples: Sequence[Example], given: Sequence[str]) -> Metrics:
     """Share of answers that equal the example's."""
     right = sum(e.answer == answer for e, answer in zip(examples, given, strict=True))
     return {"accuracy": right / len(examples)}
@@ -51,15 +51,16 @@ def accuracy(examples: Sequence[Example], given: Sequence[str]) -> Scores:
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
     """Reads the first of ``names`` that a text says as a word: ``(b)``, ``The answer is B.`` and
-    ``B`` are ``B``. A capital letter on its own goes before a small one, which may be an article.
-    Empty where there is none."""
+    ``B`` are ``B``. Of letters a capital goes before a small one, which may be an article. Empty
+    where there is none."""
     words = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     exact = re.compile(rf"(?<!\w)({words})(?!\w)")
     loose = re.compile(exact.pattern, re.IGNORECASE)
     places = {name.lower(): name for name in names}
+    letters = all(len(name) == 1 for name in names)
 
     def parse(text: str) -> str:
-        found = exact.search(text) or loose.search(text)
+        found = (exact.search(text) if letters else None) or loose.search(text)
         return places[found[1].lower()] if found else ""
 
     return parse
@@ -87,7 +88,7 @@ class Task:
     rows: Callable[[Path], Iterable[tuple[str, Row]]] | None = None
     instruction: str = ""
     parse: Callable[[str], str] = str.strip
-    score: Callable[[Sequence[Example], Sequence[str]], Scores] = accuracy
+    score: Callable[[Sequence[Example], Sequence[str]], Metrics] = accuracy
     new_tokens: int = 8
 
     @property
@@ -100,6 +101,15 @@ class Task:
         answers = (e.answer if self.names else self.parse(e.answer) for e in examples)
         common = Counter(answers).most_common(1)[0][0]
         return self.score(examples, [common] * len(examples))["accuracy"]
+
+
+def labelled(names: Sequence[str]) -> Callable[[Row], Example]:
+    """Makes examples of rows that hold a ``text`` and a ``label`` of ``names``."""
+
+    def example(row: Row) -> Example:
+        return Example(" ".join(str(row["text"]).split()), named(row["label"], names))
+
+    return example
 
 
 def load_task(loader: str) -> Task:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from costbp.errors import UserError
-from costbp.tasks.base import POOL, Example, Row, Task, named
+from costbp.tasks.base import POOL, Row, Task, labelled
 
 NAMES = ("pandas", "scipy", "matplotlib", "sklearn")
 PER_CLASS = 700
@@ -48,10 +48,6 @@ def documented(library: str) -> list[tuple[str, str]]:
     return [(name, text) for text, name in found.items()][:PER_CLASS]
 
 
-def example(row: Row) -> Example:
-    return Example(row["text"], named(row["label"], NAMES))
-
-
 def _shuffled(root: Path) -> list[Path]:
     """The package's modules in an order that mixes its parts and never changes."""
     files = [path for path in root.rglob("*.py") if "tests" not in path.parts]
@@ -68,7 +64,7 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
 
 
 TASK = Task(
-    example=example,
+    example=labelled(NAMES),
     columns=("text", "label"),
     names=NAMES,
     rows=rows,

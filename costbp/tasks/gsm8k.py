@@ -4,7 +4,7 @@ arXiv 2110.14168). Scored by exact match of the final number."""
 import re
 from collections.abc import Sequence
 
-from costbp.tasks.base import Example, Row, Scores, Task
+from costbp.tasks.base import Example, Metrics, Row, Task
 
 CALCULATOR = re.compile(r"<<[^>]*>>")  # annotations that nobody is to write
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -26,7 +26,7 @@ def final_number(text: str) -> str:
     return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
 
-def score(examples: Sequence[Example], given: Sequence[str]) -> Scores:
+def score(examples: Sequence[Example], given: Sequence[str]) -> Metrics:
     """Share of answers that are the example's final number."""
     right = sum(final_number(e.answer) == answer for e, answer in zip(examples, given, strict=True))
     return {"accuracy": right / len(examples)}

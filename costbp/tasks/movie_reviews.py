@@ -5,7 +5,7 @@ ratings between -4 and 4 (Hutto and Gilbert 2014). Neither SST-2 nor the officia
 from collections.abc import Iterator
 from pathlib import Path
 
-from costbp.tasks.base import POOL, Example, Row, Task, named
+from costbp.tasks.base import POOL, Row, Task, labelled
 
 NAMES = ("negative", "positive")
 UNDECIDED = 0.5  # snippets whose mean rating is nearer to zero are left out
@@ -17,15 +17,11 @@ def rows(folder: Path) -> Iterator[tuple[str, Row]]:
     for line in lines[1:]:
         _, rating, text = line.split("\t")
         if abs(float(rating)) >= UNDECIDED:
-            yield POOL, {"text": " ".join(text.split()), "label": float(rating) > 0}
-
-
-def example(row: Row) -> Example:
-    return Example(row["text"], named(row["label"], NAMES))
+            yield POOL, {"text": text, "label": float(rating) > 0}
 
 
 TASK = Task(
-    example=example,
+    example=labelled(NAMES),
     columns=("text", "label"),
     names=NAMES,
     rows=rows,

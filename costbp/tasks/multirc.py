@@ -6,7 +6,7 @@ of the right ones, over all answers, and the share of questions whose answers ar
 
 from collections.abc import Sequence
 
-from costbp.tasks.base import Example, Row, Scores, Task, accuracy, named, one_of
+from costbp.tasks.base import Example, Metrics, Row, Task, accuracy, named, one_of
 
 NAMES = ("no", "yes")
 
@@ -21,7 +21,7 @@ def example(row: Row) -> Example:
     )
 
 
-def score(examples: Sequence[Example], given: Sequence[str]) -> Scores:
+def score(examples: Sequence[Example], given: Sequence[str]) -> Metrics:
     """Accuracy, F1 of "yes" over all answers (F1a), exact match by question (EM)."""
     pairs = list(zip(examples, given, strict=True))
     both = sum(e.answer == answer == "yes" for e, answer in pairs)

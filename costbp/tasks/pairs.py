@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from costbp.config.catalog import ConfigSource
 from costbp.config.study import Plan
 from costbp.errors import UserError
 from costbp.tasks.base import load_task
@@ -12,9 +13,11 @@ def check_pair(plan: Plan, model: str, task: str) -> None:
 
     Raises:
         UserError: free text for a classifier; images for a model that sees none, or none for one
-            that needs them.
+            that needs them; an option that training doesn't have.
     """
     entry, definition = plan.catalog.models[model], load_task(plan.catalog.tasks[task].loader)
+    if isinstance(entry.source, ConfigSource) and entry.source.loss_chunk is not None:
+        raise UserError(f"model '{model}': source.loss_chunk serves `costbp cost` alone")
     if not (entry.writes_text or definition.names):
         raise UserError(
             f"model '{model}' puts out classes, and the answers of task '{task}' are free text; "

@@ -34,8 +34,8 @@ def split(
     """Train, validation and test splits, of which no two share an item.
 
     The order behind them is that of SHA-256(seed, what items share): questions on one passage or
-    image stay together. What the source has as splits of its
-    own stays apart; a missing validation or test split is carved from train.
+    image stay together. What the source has as splits of its own stays apart; a missing validation
+    or test split is carved from train.
 
     Args:
         found: examples by the source's split.
@@ -133,11 +133,11 @@ def _skewed(
         edges = np.round(np.cumsum([0.0, *shares]) * len(same)).astype(int)
         mine += same[edges[partition.part] : edges[partition.part + 1]]
     mine = _ordered(mine, task.split_seed, set())
-    held = round(partition.test * len(mine))
+    held = _border(mine, round(partition.test * len(mine)))
     test, rest = mine[:held], mine[held:]
-    count = min(task.validation, len(rest) // 2)
+    count = _border(rest, min(task.validation, len(rest) // 2))
     return {
-        "test": test[: task.test],
+        "test": test[: _border(test, task.test)],
         "validation": rest[:count],
         "train": rest[count:],
     }

@@ -7,7 +7,7 @@ The file is a concatenation of nested training subsets, so each question is kept
 from collections.abc import Iterator
 from pathlib import Path
 
-from costbp.tasks.base import POOL, Example, Row, Task, named
+from costbp.tasks.base import POOL, Row, Task, labelled
 
 NAMES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 
@@ -18,15 +18,11 @@ def rows(folder: Path) -> Iterator[tuple[str, Row]]:
     for line in lines:
         label, _, question = line.strip().partition(" ")
         if question:
-            yield POOL, {"text": " ".join(question.split()), "label": label.partition(":")[0]}
-
-
-def example(row: Row) -> Example:
-    return Example(row["text"], named(row["label"], NAMES))
+            yield POOL, {"text": question, "label": label.partition(":")[0]}
 
 
 TASK = Task(
-    example=example,
+    example=labelled(NAMES),
     columns=("text", "label"),
     names=NAMES,
     rows=rows,

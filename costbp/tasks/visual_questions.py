@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from costbp.errors import UserError
-from costbp.tasks.base import Example, Row, Scores, Task
+from costbp.tasks.base import Example, Metrics, Row, Task
 from costbp.tasks.sources import image_bytes
 
 ARTICLES = {"a", "an", "the"}
@@ -37,7 +37,7 @@ def example(row: Row) -> Example:
     )
 
 
-def score(examples: Sequence[Example], given: Sequence[str]) -> Scores:
+def score(examples: Sequence[Example], given: Sequence[str]) -> Metrics:
     """VQA accuracy (Antol et al. 2015, arXiv 1505.00468): mean over the annotators of min(1, others
     that gave this answer / 3)."""
     total = 0.0
