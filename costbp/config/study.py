@@ -24,7 +24,7 @@ from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry, OptimizerSpec
 from costbp.files import digest
 
-FORMAT = 4  # raised when the meaning of a run changes, so that old records are not mistaken for new
+FORMAT = 5  # raised when the meaning of a run changes, so that old records are not mistaken for new
 
 
 COSTS = 2  # the same for what is measured of a step's cost
