@@ -189,7 +189,7 @@ def test_a_partition_is_laid_over_a_task(mine):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("path: data", "path: dada", "gsm8k.data.path = 'dada': no such file or folder"),
+        ("path: data", "path: dada", "mine.yaml: entries.tasks.gsm8k.data.path = 'dada': no such file or folder"),
         ("gsm8k: {data", "gsm9k: {data", "tasks.gsm9k.label' is missing"),
         ("kind: local, path: data", "kind: local, pfad: data", "unknown key 'tasks.gsm8k.data.pfad'; allowed: columns, kind, path, splits"),
         ("validation: 2", "validation: none", "mine.yaml: tasks.gsm8k.validation"),

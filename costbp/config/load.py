@@ -300,7 +300,7 @@ def load_plan(
                     f"allowed: {', '.join(usable)}"
                 )
     _check_costs(study, catalog, sources)
-    _check_paths(study, catalog)
+    _check_paths(study, catalog, sources)
     tuned = {}
     if study.tuning.file.exists():
         content = read_yaml(study.tuning.file)
@@ -310,7 +310,7 @@ def load_plan(
     return plan
 
 
-def _check_paths(study: Study, catalog: Catalog) -> None:
+def _check_paths(study: Study, catalog: Catalog, sources: Sequence[tuple[Path, Any]]) -> None:
     """What the study's models and tasks read from this machine is there."""
     for kind in ("models", "tasks"):
         for name in dict.fromkeys(n for block in study.experiments for n in getattr(block, kind)):
@@ -318,10 +318,11 @@ def _check_paths(study: Study, catalog: Catalog) -> None:
             local = entry.source if kind == "models" else entry.data
             if isinstance(local, FolderSource | LocalData) and not Path(local.path).exists():
                 key = "source" if kind == "models" else "data"
-                raise UserError(
-                    f"{study.catalog / kind}.yaml: {name}.{key}.path = '{local.path}': no such file "
-                    "or folder"
-                )
+                loc: Loc = ("entries", kind, name, key, "path")
+                where, place = f"{study.catalog / kind}.yaml", dotted(loc[2:])
+                if any(_value_at(data, loc) is not None for _, data in sources):
+                    where, place = str(_blame(sources, loc)), dotted(loc)
+                raise UserError(f"{where}: {place} = '{local.path}': no such file or folder")
 
 
 def _check_costs(study: Study, catalog: Catalog, sources: Sequence[tuple[Path, Any]]) -> None:

@@ -120,10 +120,10 @@ class Prompter:
 
     def reserve(self, limit: int) -> int:
         """Tokens that are kept for answers: those of the longest name or, of free text, what the
-        task may write, at most half of all."""
+        task may write, at most a quarter of all."""
         if self.task.names:
             return max(len(self.answer(name)) for name in self.task.names)
-        return min(self.task.new_tokens, limit // 2)
+        return min(self.task.new_tokens, limit // 4)
 
     def shorter(self, example: Example, excess: int) -> list[int]:
         """The prompt with its context, or else its text, cut by ``excess`` tokens; what comes after

@@ -16,6 +16,7 @@ from costbp.errors import UserError
 from costbp.models.loss import ChunkedLoss, already, cross_entropy
 from costbp.models.quantised import QuantisedLinear, replace_packed
 from costbp.models.trainable import Training, Transformer, trainable
+from costbp.models.weights import quiet
 from costbp.objective import Batch, Objective
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -84,9 +85,8 @@ def build_full_size(
         AutoModelForImageTextToText,
         AutoModelForSequenceClassification,
     )
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    quiet()
     forms: dict[str, Any] = {
         "classifier": AutoModelForSequenceClassification,
         "causal": AutoModelForCausalLM,

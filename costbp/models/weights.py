@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +107,8 @@ def load_tokenizer(model: ModelEntry, assets: Path) -> Tokenizer:
 
 
 def quiet() -> None:
-    """No notes and bars of transformers."""
+    """No notes and bars of transformers, nor its warning of a name that peft still asks for."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
