@@ -63,6 +63,19 @@ def test_accuracy_gap(plan):
     assert len(reading.undecided) == 1 and "zo_vanilla" in reading.undecided[0]
 
 
+def test_a_gap_between_methods_that_learnt_nothing_is_undecided(plan):
+    accuracies = {
+        "bp_checkpointing": [0.24, 0.23],
+        "fmad_vanilla": [0.1, 0.1],
+        "zo_vanilla": [0.3, 0.4],
+    }
+    data = frames(accuracies, dict.fromkeys(accuracies, 0.25))
+    reading = readings.accuracy_gap(plan, data, claim(plan, "accuracy"))
+    assert len(reading.undecided) == 1 and "fmad_vanilla" in reading.undecided[0]
+    assert "neither left the majority class" in reading.undecided[0]
+    assert len(reading.opposing) == 1 and "zo_vanilla" in reading.opposing[0]
+
+
 def test_accuracy_gap_against_the_study(plan):
     data = frames(
         {"bp_checkpointing": [0.5, 0.5], "fmad_vanilla": [0.8, 0.9]},
