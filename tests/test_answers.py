@@ -147,7 +147,7 @@ def test_vqa_rows_take_both_layouts_of_answers(tmp_path: Path):
     ]
     found = [visual_questions.example(row) for row in rows]
     assert found[0] == found[1]
-    assert (found[0].answer, found[0].references, found[0].image) == (
+    assert (found[0].answer, found[0].references, found[0].image.read()) == (
         "b",
         ("b", "a", "b"),
         b"bytes",

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from costbp.config.catalog import HubData, LocalData, TaskEntry
 from costbp.config.load import load_plan
 from costbp.errors import UserError
-from costbp.models.images import open_image, store_images
 from costbp.models.prepare import load_prepared, prepare
 from costbp.models.tokenizer import Pretrained
-from costbp.tasks.base import Example
 from costbp.tasks.sources import read_examples
 from costbp.tasks.splits import split
 
@@ -209,45 +204,6 @@ def test_free_text_is_no_answer_for_a_classifier(mine, costbp):
     assert done.returncode == 2
     assert done.stderr.strip().count("\n") == 0
     assert "answers of task 'gsm8k' are free text; use a model of form causal" in done.stderr
-
-
-# --- images ------------------------------------------------------------------------------------
-
-
-def png(colour="red", size=(8, 8)) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", size, colour).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def test_an_unreadable_image_names_its_question_and_leaves_nothing(tmp_path):
-    examples = [
-        Example("ok?", "yes", image=png()),
-        Example("what is this?", "no", image=b"\x89PNG half"),
-    ]
-    path = tmp_path / "x.safetensors"
-    with pytest.raises(UserError, match=r"the image of 'what is this\?' can't be read") as caught:
-        store_images({"train": examples}, path, 8, None)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_leaves_no_images(tmp_path, monkeypatch):
-    def full(self, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        store_images(
-            {"train": [Example("q", "a", image=png())]}, tmp_path / "x.safetensors", 8, None
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_pictures_of_any_mode_become_rgb():
-    stream = io.BytesIO()
-    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(stream, "PNG")
-    assert open_image(stream.getvalue()).mode == "RGB"
 
 
 # --- tokenizers --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from costbp.models.tokenizer import Bytes, Hashed
 from costbp.tasks import movie_reviews, trec
 from costbp.tasks.base import POOL, Example, named
 from costbp.tasks.encoded import Split, padded
+from costbp.tasks.sources import encoded_image
 from costbp.tasks.splits import distinct, split
 from costbp.train.loop import BatchStream
 
@@ -67,7 +68,7 @@ def test_a_text_that_comes_back_is_kept_once():
     assert found == [Example("x", "b"), Example("y", "a")]
     # other contexts and other pictures make other items
     assert len(distinct([Example("x", "b", c) for c in "pq"])) == 2
-    assert len(distinct([Example("x", "b", image=c) for c in (b"1", b"2")])) == 2
+    assert len(distinct([Example("x", "b", image=encoded_image(c)) for c in (b"1", b"2")])) == 2
 
 
 def test_splits_of_the_source_stay_apart_and_a_missing_one_is_carved_from_train(task):

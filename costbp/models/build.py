@@ -87,34 +87,46 @@ def features(encoder: Encoder, batch: Batch) -> Tensor:
 
 
 @without_collection()
-def build_model(model: ModelEntry, classes: int, assets: Path, seed: int, width: int) -> nn.Module:
-    """The module to be trained, in training mode; adapters and head are drawn from ``seed``.
+def build_model(
+    model: ModelEntry,
+    classes: int,
+    assets: Path,
+    seed: int,
+    width: int,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The module to be trained, in training mode; adapters and head are drawn from ``seed``, on the
+    CPU whatever the device.
 
     Args:
         classes: 0 where answers are free text.
         width: length of a cached feature vector; 0 where the model reads tokens.
+        device: where all of it ends.
 
     Raises:
         UserError: weights are missing or not readable.
     """
     if width:
         torch.manual_seed(seed)
-        return Head(width, classes).train()
+        return Head(width, classes).train().to(device)
     source = model.source
-    base: Any = load_base(model, assets, classes if source.form == "classifier" else 0)
+    where = "cpu" if source.form == "fusion" else device  # what is drawn depends on its embedding
+    base: Any = load_base(model, assets, classes if source.form == "classifier" else 0, where)
     torch.manual_seed(seed)
     if model.writes_text or source.form == "classifier":
         if source.form == "classifier":
             _draw(base)
         vocabulary = base.config.get_text_config().vocab_size if model.writes_text else 0
-        return Transformer(trainable(base, source.form, model.train), vocabulary).train()
+        adapted = trainable(base, source.form, model.train)
+        return Transformer(adapted, vocabulary).train().to(device)
     if isinstance(model.train, FullTraining) and getattr(base, "pooler", None) is not None:
         base.pooler.requires_grad_(False)  # its output is not read
     adapted = trainable(base, source.form, model.train)
     if source.form == "fusion":
         vision = VisionEncoder(vision_file(model, assets))
-        return Classifier(Fusion(adapted, vision, POOLINGS[model.pooling]), classes).train()
-    return Classifier(Encoder(adapted, model.pooling), classes).train()
+        fusion = Fusion(adapted, vision, POOLINGS[model.pooling])
+        return Classifier(fusion, classes).train().to(device)
+    return Classifier(Encoder(adapted, model.pooling), classes).train().to(device)
 
 
 def _draw(base: Any) -> None:
@@ -122,6 +134,7 @@ def _draw(base: Any) -> None:
     head = next(getattr(base, name) for name in HEADS if hasattr(base, name))
     for layer in head.modules():
         if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=SPREAD)
+            drawn = torch.empty_like(layer.weight, device="cpu")
+            layer.weight.data.copy_(nn.init.normal_(drawn, std=SPREAD))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

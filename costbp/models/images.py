@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from costbp.errors import UserError
 from costbp.files import ensure_folder
 from costbp.models.weights import weights_folder
 from costbp.objective import Batch
-from costbp.tasks.base import Example
+from costbp.tasks.base import EncodedImage, Example
 from costbp.tasks.encoded import Pixels
 
 Settings = dict[str, Any]
@@ -85,11 +84,12 @@ def store_images(
 
 def _keep(example: Example, folder: Path) -> str:
     assert example.image is not None
-    name = hashlib.sha256(example.image).hexdigest()[:32]
+    name = example.image.digest[:32]
     file = folder / name
     if not file.exists():
-        open_image(example.image, f"the image of '{example.text[:60]}'")
-        file.write_bytes(example.image)
+        data = example.image.read()
+        open_image(data, f"the image of '{example.text[:60]}'")
+        file.write_bytes(data)
     return name
 
 
@@ -163,6 +163,7 @@ class ImageTokens:
         token, first, last: ids of the image's token and of the marks around it.
         side: see ``image_side`` of a model.
         processor: the model's image processor.
+        counts: tokens of the images met so far, by digest.
     """
 
     token: int
@@ -170,8 +171,9 @@ class ImageTokens:
     last: int
     side: int
     processor: Any
+    counts: dict[str, int] = field(default_factory=dict)
 
-    def shown(self, row: list[int], image: bytes) -> list[int]:
+    def shown(self, row: list[int], image: EncodedImage) -> list[int]:
         """A prompt with the image's tokens: where its template has one, or at its beginning."""
         cells = [self.token] * self._count(image)
         if self.token in row:
@@ -179,16 +181,12 @@ class ImageTokens:
             return [*row[:place], *cells, *row[place + 1 :]]
         return [self.first, *cells, self.last, *row]
 
-    def _count(self, image: bytes) -> int:
-        patches = self.processor.get_number_of_image_patches(*_size(image, self.side))
-        return int(patches) // self.processor.merge_size**2
-
-
-@lru_cache(maxsize=2**16)
-def _size(image: bytes, side: int) -> tuple[int, int]:
-    """Height and width of a shrunk picture; many questions are asked of one."""
-    picture = shrunk(open_image(image), side)
-    return picture.height, picture.width
+    def _count(self, image: EncodedImage) -> int:
+        if image.digest not in self.counts:  # many questions are asked of one
+            picture = shrunk(open_image(image.read()), self.side)
+            patches = self.processor.get_number_of_image_patches(picture.height, picture.width)
+            self.counts[image.digest] = int(patches) // self.processor.merge_size**2
+        return self.counts[image.digest]
 
 
 def image_tokens(model: ModelEntry, assets: Path) -> ImageTokens:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from costbp.config.catalog import Held
 from costbp.errors import UserError
-from costbp.models.quantised import PackedLinear, QuantisedLinear, replace_packed
+from costbp.models.quantised import PackedLinear, QuantisedLinear
 
 NF4_BLOCK = 64  # weights that share a scale (Dettmers et al. 2023, section 3)
 PER_WORD = 8  # 4-bit values in a 32-bit word
@@ -100,79 +100,19 @@ class GptqLinear(PackedLinear):
         return weight.mul_(self.scales[group]).T.to(dtype)
 
 
-def pack(model: nn.Module, held: Held) -> None:
-    """Pack the linear layers of a model that is there in full.
-
-    Raises:
-        UserError: the format can't be made from full weights, or its library is missing.
-    """
-    if held.packing == "gptq":
-        raise UserError(
-            "source.packing = 'gptq' reads a checkpoint that GPTQ made, which this is not; use "
-            "packing rtn or nf4"
-        )
-    make: Any = partial(QuantisedLinear, group=held.group) if held.packing == "rtn" else Nf4Linear
-    replace_packed(model, make)
-
-
-GPTQ = "costbp_gptq"
-
-
-def gptq_reader(settings: dict[str, Any]) -> Any:
-    """A quantisation configuration for ``from_pretrained`` that puts ``GptqLinear`` in the place of
-    the layers a checkpoint holds packed.
+def packer(
+    packing: str, group: int, *, less_one: bool = True
+) -> Callable[[nn.Linear], PackedLinear]:
+    """Makes the packed layer of a linear one, whose weight may be on meta.
 
     Args:
-        settings: ``quantization_config`` of the checkpoint's config.json.
-
-    Raises:
-        UserError: it isn't 4-bit GPTQ.
+        packing: as in the catalog.
+        group: weights that share a scale; not of nf4.
+        less_one: see ``GptqLinear``.
     """
-    if settings.get("quant_method") != "gptq" or settings.get("bits") != 4:
-        raise UserError(
-            f"quantization_config: quant_method = {settings.get('quant_method')!r}, "
-            f"bits = {settings.get('bits')!r}; packing gptq reads 4-bit GPTQ"
-        )
-    configuration, _ = _registered()
-    return configuration(
-        group=int(settings.get("group_size", 128)),
-        less_one=settings.get("checkpoint_format", "gptq") == "gptq",
-    )
-
-
-def _registered() -> tuple[Any, Any]:
-    """The library's hooks for a format of one's own; once a process."""
-    from transformers.quantizers.auto import (
-        AUTO_QUANTIZATION_CONFIG_MAPPING,
-        AUTO_QUANTIZER_MAPPING,
-        register_quantization_config,
-        register_quantizer,
-    )
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    if GPTQ in AUTO_QUANTIZER_MAPPING:
-        return AUTO_QUANTIZATION_CONFIG_MAPPING[GPTQ], AUTO_QUANTIZER_MAPPING[GPTQ]
-
-    @register_quantization_config(GPTQ)
-    class Configuration(QuantizationConfigMixin):
-        def __init__(self, group: int = 128, less_one: bool = True, **_: Any) -> None:
-            self.quant_method: Any = GPTQ
-            self.group, self.less_one = group, less_one
-
-    @register_quantizer(GPTQ)
-    class Reader(HfQuantizer):
-        requires_calibration = False
-        is_trainable = True
-
-        def is_serializable(self) -> bool:
-            return False
-
-        def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-            config: Any = self.quantization_config
-            with torch.device("meta"):
-                make = partial(GptqLinear, group=config.group, less_one=config.less_one)
-                replace_packed(model, make)
-            return model
-
-    return Configuration, Reader
+    made: dict[str, Callable[[nn.Linear], PackedLinear]] = {
+        "rtn": partial(QuantisedLinear, group=group),
+        "nf4": Nf4Linear,
+        "gptq": partial(GptqLinear, group=group, less_one=less_one),
+    }
+    return made[packing]

@@ -15,13 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from costbp.config.catalog import RandomSource
 from costbp.config.study import Plan
 from costbp.errors import UserError
 from costbp.files import atomic, lock
 from costbp.models.build import Encoder, features, load_encoder
 from costbp.models.encode import choices, encode
 from costbp.models.images import image_tokens, pixels_of, processor_settings, store_images
-from costbp.models.weights import load_tokenizer, positions
+from costbp.models.weights import load_tokenizer, positions, ready_weights
 from costbp.tasks.base import Example, load_task
 from costbp.tasks.encoded import Split
 from costbp.tasks.pairs import check_pair
@@ -60,13 +61,16 @@ class Prepared:
 
 
 def prepare(plan: Plan, model: str, task: str) -> Path:
-    """Encode a pair's splits unless the cache has them; returns the file.
+    """Encode a pair's splits unless the cache has them; returns the file. Weights that are kept
+    packed are packed, too.
 
     Raises:
         UserError: whatever keeps the pair from being trained: a source or column that isn't there,
             longer texts than the model has positions for.
     """
-    path = plan.prepared(model, task)
+    path, entry = plan.prepared(model, task), plan.catalog.models[model]
+    if not (isinstance(entry.source, RandomSource) or entry.reads_features):
+        ready_weights(entry, plan.study.paths.cache / "assets")
     if not path.exists():
         with lock(path.with_name(f".{path.stem}.lock")):  # models of one source share the file
             if not path.exists():

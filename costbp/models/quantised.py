@@ -78,11 +78,15 @@ def is_packed(name: str, layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and not {*HEADS, VISION} & set(name.split("."))
 
 
+def packed_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The layers that a 4-bit base packs, and has not yet, with their dotted names."""
+    return [(n, cast(nn.Linear, m)) for n, m in model.named_modules() if is_packed(n, m)]
+
+
 def replace_packed(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Put ``make(layer)`` in the place of each layer that a 4-bit base packs."""
-    for name, layer in list(model.named_modules()):
-        if is_packed(name, layer):
-            model.set_submodule(name, make(cast(nn.Linear, layer)))
+    for name, layer in packed_layers(model):
+        model.set_submodule(name, make(layer))
 
 
 def quantise(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:

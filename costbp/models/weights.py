@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +18,15 @@ from costbp.config.catalog import (
     ConfigSource,
     FolderSource,
     FullTraining,
+    Held,
     ModelEntry,
     RandomSource,
 )
 from costbp.errors import UserError
-from costbp.files import lock
+from costbp.measure.device import out_of_memory
 from costbp.models.fusion import CELL
+from costbp.models.packed_store import kept, packed_folder
+from costbp.models.quantised import replace_packed
 from costbp.models.tokenizer import Bytes, Hashed, Pretrained, Tokenizer
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout")
@@ -63,18 +65,16 @@ def _unpacked(folder: Path, file: str) -> Path:
     """The model of a GGUF file as a transformers folder in full precision, made once: unpacking
     takes half a minute."""
     target = folder / "unpacked"
-    with lock(folder / ".unpacked.lock"), without_collection():
-        if (target / "config.json").is_file():
-            return target
+
+    def make(scratch: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        scratch = folder / ".unpacked"
-        shutil.rmtree(scratch, ignore_errors=True)
+        quiet()
+        options: dict[str, Any] = {"gguf_file": file, "local_files_only": True}
         try:
-            quiet()
-            words = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+            words = AutoTokenizer.from_pretrained(folder, **options)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=file, local_files_only=True, dtype=torch.float32
+                folder, dtype=torch.float32, **options
             )
             if getattr(model, "hf_quantizer", None) is not None:  # it is in full precision now
                 model.hf_quantizer.remove_quantization_config(model)
@@ -86,11 +86,11 @@ def _unpacked(folder: Path, file: str) -> Path:
                 "pip install gguf sentencepiece"
             ) from error
         except Exception as error:  # of transformers, gguf, safetensors, or the disk
-            shutil.rmtree(scratch, ignore_errors=True)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{folder / file}: can't be unpacked ({reason})") from error
-        scratch.replace(target)
-    return target
+
+    with without_collection():
+        return kept(target, (target / "config.json").is_file, make)
 
 
 def load_tokenizer(model: ModelEntry, assets: Path) -> Tokenizer:
@@ -129,62 +129,93 @@ def without_collection() -> Iterator[None]:
 
 
 @without_collection()
-def load_base(model: ModelEntry, assets: Path, classes: int = 0) -> nn.Module:
+def load_base(
+    model: ModelEntry, assets: Path, classes: int = 0, device: torch.device | str = "cpu"
+) -> nn.Module:
     """The base model in its form; eager attention, since the fused kernel has no forward-mode rule
     and is not seen by the FLOP counter. Packed to four bits if its entry says so.
 
     Args:
         classes: of the form ``classifier``, whose head is drawn at random.
+        device: where it ends. Weights that are read go there one tensor at a time.
 
     Raises:
         UserError: weights are missing or not readable.
     """
-    import transformers
+    from costbp.models.packed_hooks import packing_of
 
-    from costbp.models.packed_formats import gptq_reader, pack
-
-    quiet()
     source = model.source
     if source.bits is not None and isinstance(model.train, FullTraining):
         raise UserError(
             f"model '{model.label}': a packed base (source.bits = 4) can't be trained in full; use "
             "train lora"
         )
-    kind: Any = getattr(transformers, CLASSES[source.form])
-    config = _config(model, assets, classes)
-    options: dict[str, Any] = {
-        "config": config,
-        "attn_implementation": "eager",
-        "dtype": getattr(torch, source.dtype),
-    }
     if isinstance(source, RandomSource):
+        quiet()
+        config = _config(model, assets, classes)
         torch.manual_seed(source.seed)
-        config = options.pop("config")
-        base: nn.Module = kind.from_config(config, **options)
-    else:
-        folder = weights_folder(model, assets)
-        stored = getattr(config, "quantization_config", None)
-        if stored is not None:
-            if source.bits is None or source.packing != "gptq":
-                raise UserError(
-                    f"model '{model.label}': the weights of {folder} are packed "
-                    f"({stored.get('quant_method')}); set source.bits = 4 and packing gptq"
-                )
-            config.quantization_config = gptq_reader(stored).to_dict()
-        try:
-            base = kind.from_pretrained(folder, local_files_only=True, **SAFE, **options)
-        except UserError:
+        base: nn.Module = _kind(source).from_config(config, **_held(source))
+        if (packing := packing_of(source, None)) is not None:
+            replace_packed(base, packing.packer())
+        return base.to(device)
+    return _read(model, ready_weights(model, assets), assets, classes, device)
+
+
+@without_collection()
+def ready_weights(model: ModelEntry, assets: Path) -> Path:
+    """The folder that a base's weights are read from, made first where they are packed here: once, a
+    tensor at a time. Not of random weights.
+
+    Raises:
+        UserError: see ``load_base``.
+    """
+    folder, source = weights_folder(model, assets), model.source
+    if source.bits is None or source.packing == "gptq":
+        return folder
+    return packed_folder(source, folder, assets, lambda: _read(model, folder, assets, make=True))
+
+
+def _read(
+    model: ModelEntry,
+    folder: Path,
+    assets: Path,
+    classes: int = 0,
+    device: torch.device | str = "cpu",
+    *,
+    make: bool = False,
+) -> Any:
+    """The model of a folder's weights. ``make``: full ones, packed as they are read."""
+    from costbp.models.packed_hooks import packing_of
+
+    quiet()
+    source, config = model.source, _config(model, assets, classes)
+    options: dict[str, Any] = {"config": config, "local_files_only": True, **_held(source)}
+    if torch.device(device).type != "cpu":
+        options["device_map"] = {"": device}
+    try:
+        packing = packing_of(source, getattr(config, "quantization_config", None))
+        if make:
+            options["quantization_config"] = packing
+        elif packing is not None:
+            config.quantization_config = packing.to_dict()
+        return _kind(source).from_pretrained(folder, **SAFE, **options)
+    except UserError as error:
+        raise UserError(f"model '{model.label}': {folder}: {error}") from None
+    except Exception as error:  # of transformers, safetensors, pickle, or a layer of ours
+        if out_of_memory(error):  # a result, not a mistake
             raise
-        except Exception as error:  # of transformers, safetensors, pickle, or a layer of ours
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"model '{model.label}': {folder} can't be loaded ({reason})"
-            ) from error
-        if stored is not None:
-            return base
-    if source.bits is not None:
-        pack(base, source)
-    return base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model '{model.label}': {folder} can't be loaded ({reason})") from error
+
+
+def _kind(source: Held) -> Any:
+    import transformers
+
+    return getattr(transformers, CLASSES[source.form])
+
+
+def _held(source: Held) -> dict[str, Any]:
+    return {"attn_implementation": "eager", "dtype": getattr(torch, source.dtype)}
 
 
 # weights are safetensors, or a state dict that holds tensors and nothing else

@@ -22,6 +22,19 @@ POOL = ""  # name of the split of a source that has one only
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """An image file (PNG, JPEG) whose bytes are read when asked for, and not kept.
+
+    Attributes:
+        digest: SHA-256 of the bytes in hex; images are equal by it.
+        read: gives the bytes.
+    """
+
+    digest: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
 class Example:
     """One item.
 
@@ -32,7 +45,7 @@ class Example:
         context: what comes with the text and is cut first where both are too long.
         references: further answers that count (the ten annotators of VQA).
         group: items that some metrics judge together (all answers to one question).
-        image: an encoded image file (PNG, JPEG).
+        image: what is asked about.
     """
 
     text: str
@@ -40,7 +53,7 @@ class Example:
     context: str = ""
     references: tuple[str, ...] = ()
     group: str = ""
-    image: bytes | None = field(default=None, repr=False)
+    image: EncodedImage | None = field(default=None, repr=False)
 
 
 def accuracy(examples: Sequence[Example], given: Sequence[str]) -> Metrics:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from costbp.tasks.base import Example, Row, Task, named, one_of
-from costbp.tasks.sources import image_bytes
+from costbp.tasks.sources import encoded_image
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")
@@ -21,7 +21,7 @@ def rows(folder: Path) -> Iterator[tuple[str, Row]]:
 
 def example(row: Row) -> Example:
     answer = named(row["answer"], NAMES)
-    return Example(str(row["question"]), answer, image=image_bytes(row["image"]))
+    return Example(str(row["question"]), answer, image=encoded_image(row["image"]))
 
 
 TASK = Task(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from costbp.config.catalog import AssetData, HubData, LocalData, TaskEntry
 from costbp.errors import UserError, suggest
-from costbp.tasks.base import POOL, Example, Row, Task, load_task
+from costbp.tasks.base import POOL, EncodedImage, Example, Row, Task, load_task
 
+IMAGE = "image"  # the column of that name, which is read when it's asked for
+ROWS = 64  # of a parquet file that are in memory at a time
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -82,8 +87,11 @@ def _saved(
                     f"task '{name}': {path} has no column '{theirs}' for '{column}'; "
                     f"{suggest(theirs, table.column_names)} (map it under data.columns)"
                 )
-        for row in table.select_columns(list(columns.values())):
-            yield split, {column: row[theirs] for column, theirs in columns.items()}
+        image = columns.pop(IMAGE, None)
+        images = table.select_columns([image]).with_format("arrow") if image else None
+        for index, row in enumerate(table.select_columns(list(columns.values()))):
+            cell = {IMAGE: partial(_cell, images, index)} if image else {}
+            yield split, {column: row[theirs] for column, theirs in columns.items()} | cell
 
 
 def open_tables(data: HubData | LocalData, name: str, path: Path) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def open_tables(data: HubData | LocalData, name: str, path: Path) -> dict[str, A
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"task '{name}': {path} can't be read ({reason})") from error
     wanted = dict.fromkeys(data.splits.values()) or dict.fromkeys(whole)
-    return {split: _undecoded(whole[split]) for split in wanted}
+    return {split: whole[split] for split in wanted}
 
 
 def _open(path: Path, splits: Mapping[Any, str]) -> dict[str, Any]:
@@ -142,11 +150,12 @@ def _has(found: Mapping[str, Any], splits: Mapping[Any, str], path: Path) -> Non
 
 
 def _load(kind: str, file: Path, dataset: Any) -> Any:
-    """Read into memory: rows of these benchmarks are small, and no cache is left behind."""
+    """A table that leaves nothing behind: in memory or, of parquet, which may hold images, mapped
+    from a file that is unlinked at once."""
     import pandas as pd
 
     if kind == "parquet":
-        return dataset.from_parquet(str(file), keep_in_memory=True)
+        return _mapped(file, dataset)
     lines = file.suffix == ".jsonl" or (kind == "json" and file.read_bytes()[:1] != b"[")
     frame = (
         pd.read_csv(file, keep_default_na=False)
@@ -156,22 +165,37 @@ def _load(kind: str, file: Path, dataset: Any) -> Any:
     return dataset.from_pandas(frame, preserve_index=False)
 
 
-def _undecoded(table: Any) -> Any:
-    """Images stay encoded: most are never looked at in this process."""
-    from datasets import Image
+def _mapped(file: Path, dataset: Any) -> Any:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
 
-    for column, feature in table.features.items():
-        if isinstance(feature, Image):
-            table = table.cast_column(column, Image(decode=False))
-    return table
+    with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        path = f"{scratch}/table.arrow"
+        with ParquetFile(file) as source, pa.ipc.new_stream(path, source.schema_arrow) as target:
+            for batch in source.iter_batches(ROWS):
+                target.write_batch(batch)
+        return dataset.from_file(path)
 
 
-def image_bytes(value: Any) -> bytes:
-    """The encoded image of a row's value: bytes, a path, or ``{bytes, path}`` of ``datasets``.
+def _cell(images: Any, index: int) -> Any:
+    """A row's image as its table of one column stores it."""
+    return images[index].column(0)[0].as_py()
+
+
+def encoded_image(value: Any) -> EncodedImage:
+    """The image of a row's value: bytes, a path, ``{bytes, path}`` of ``datasets``, or a function
+    that gives one of these.
 
     Raises:
         UserError: no such file, or not an image.
     """
+    read = partial(_bytes, value)
+    return EncodedImage(hashlib.sha256(read()).hexdigest(), read)
+
+
+def _bytes(value: Any) -> bytes:
+    if callable(value):
+        value = value()
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str | Path):

@@ -24,7 +24,7 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
 
 
 def _content(example: Example) -> str:
-    image = hashlib.sha256(example.image).hexdigest() if example.image is not None else ""
+    image = example.image.digest if example.image is not None else ""
     return "\n".join(part for part in (example.text, example.context, image) if part)
 
 
@@ -84,7 +84,7 @@ def _size(task: TaskEntry, split: str) -> int:
 def _shared(example: Example) -> str:
     """What makes a split see an item's neighbour: its passage or image, or else the item itself."""
     if example.image is not None:
-        return hashlib.sha256(example.image).hexdigest()
+        return example.image.digest
     return example.context or _content(example)
 
 

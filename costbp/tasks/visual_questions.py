@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from costbp.errors import UserError
 from costbp.tasks.base import Example, Metrics, Row, Task
-from costbp.tasks.sources import image_bytes
+from costbp.tasks.sources import encoded_image
 
 ARTICLES = {"a", "an", "the"}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -33,7 +33,7 @@ def example(row: Row) -> Example:
         str(row["question"]).strip(),
         commonest,
         references=tuple(answers),
-        image=image_bytes(row["image"]),
+        image=encoded_image(row["image"]),
     )
 
 
