@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from benchmarks.rows import FLOPS, PEAK, TIME, Check, Cost, Kind, Results
 from benchmarks.today import switch_checkpointing_on
 from costbp.estimators.base import Estimator
@@ -107,7 +109,7 @@ def interleaved(runs: Mapping[str, Run], budget: float, least: int, device: str)
     start, done = time.perf_counter(), 0
     while done < least or time.perf_counter() - start < budget:
         for name in list(runs) if done % 2 == 0 else reversed(list(runs)):
-            rounds.seconds[name].append(wall_seconds(runs[name], device))
+            rounds.seconds[name].append(wall_seconds(runs[name], torch.device(device)))
         done += 1
     return rounds
 

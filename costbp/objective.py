@@ -88,6 +88,7 @@ class Objective:
         buffer: the gradient, one vector of shape [d]; the parameters' ``.grad`` are views of it.
             It is the one vector that an estimate may fill and hand out.
         slices: parameter name -> (start, stop, shape) inside ``theta``.
+        widest: outputs of the widest linear layer: a scale for the size of activations.
 
     Raises:
         UserError: nothing is trainable, or trainable parameters differ in dtype or device.
@@ -110,6 +111,9 @@ class Objective:
             parameter.data = self.theta[start:stop].view(parameter.shape)
             parameter.grad = self.buffer[start:stop].view(parameter.shape)
             start = stop
+        self.widest = max(
+            (m.out_features for m in module.modules() if isinstance(m, nn.Linear)), default=0
+        )
         self._names = {id(parameter): name for name, parameter in named}
         self._noise: int | None = None
         self._random = [m for m in module.modules() if _drops_out(m)]
@@ -167,13 +171,13 @@ class Objective:
         return loss.detach(), self.buffer
 
     @contextlib.contextmanager
-    def moved(self, theta: Tensor) -> Iterator[None]:
-        """Within the block the module stands at ``theta`` ([d]); afterwards the parameters come
-        back from a copy, bit-equal."""
+    def returning(self) -> Iterator[Tensor]:
+        """Within the block ``theta`` may be written; afterwards it comes back from the copy [d]
+        that the block is given, bit-equal. (Adding and subtracting in place leaves about half of
+        all entries changed in the last place.)"""
         home = self.theta.clone()
         try:
-            self.theta.copy_(theta)
-            yield
+            yield home
         finally:
             self.theta.copy_(home)
 
@@ -182,9 +186,7 @@ class Objective:
         (a new tensor, [numel] of that parameter, float32 or wider).
 
         The sum lives for one operator at a time and the parameters themselves are never written:
-        theta stays bit-equal in any dtype and no second copy of it is made. (Adding and
-        subtracting in place leaves about half of all entries changed in the last place.) No
-        gradient flows.
+        theta stays bit-equal in any dtype and no second copy of it is made. No gradient flows.
         """
         return _Perturbed(self._names, offset)
 

@@ -222,7 +222,7 @@ def test_no_graph_is_left_behind(family):
     oracles = [Exact(), Central(1e-3, "never"), Central(1e-3, "always"), OneSided(1e-3, "never")]
     estimators = [Backprop(plan) for plan in PLANS.values()]
     estimators += [Projected(oracle, Gaussian(), 2) for oracle in oracles]
-    estimators += [HessianInformed(1e-3, 1e-3), LocalGuess(Exact())]
+    estimators += [HessianInformed(Central(1e-3), 1e-3), LocalGuess(Exact())]
     for estimator in estimators:
         estimate = estimator.estimate(objective, [data], KEY)
         for tensor in (estimate.gradient, estimate.loss, estimate.derivatives):

@@ -8,6 +8,7 @@ from torch import nn
 
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.hessian_informed import HessianInformed
+from costbp.estimators.oracles import Central
 from costbp.objective import Key, Objective
 
 HESSIAN = torch.tensor([0.2, 0.5, 1.0, 2.0, 5.0, 10.0], dtype=torch.float64)
@@ -33,7 +34,7 @@ def quadratic(dtype=torch.float64):
 
 def test_estimate_and_update_equal_the_hand_computation():
     objective = quadratic()
-    estimator = HessianInformed(eps=1e-2, smoothing=0.1)
+    estimator = HessianInformed(Central(1e-2), smoothing=0.1)
     inverse = torch.ones_like(objective.theta)
     gradient = HESSIAN * objective.theta + 1
     for step in range(5):
@@ -61,7 +62,7 @@ def test_means_of_estimate_and_update():
     """E[(g . z) z] = Sigma g, and E[1/2 z^T H z u_i^2 s_i] = h_i + s_i/2 sum_j h_j/s_j for
     s = 1/Sigma: at s = h (d + 2) / 2 the update stands still."""
     objective = quadratic()
-    estimator = HessianInformed(eps=1e-2, smoothing=1.0, limit=1e9)
+    estimator = HessianInformed(Central(1e-2), smoothing=1.0, limit=1e9)
     inverse = torch.tensor([0.5, 1, 2, 4, 0.25, 1], dtype=torch.float64)
     estimates, updates = [], []
     for seed in range(2500):
@@ -74,7 +75,7 @@ def test_means_of_estimate_and_update():
 
 def test_the_inverse_nears_a_multiple_of_the_hessian():
     objective = quadratic()
-    estimator = HessianInformed(eps=1e-2, smoothing=1e-2)
+    estimator = HessianInformed(Central(1e-2), smoothing=1e-2)
     mean = torch.zeros_like(HESSIAN)
     for step in range(800):
         estimator.estimate(objective, [{}], Key(7, step))
@@ -91,7 +92,7 @@ def test_the_inverse_nears_a_multiple_of_the_hessian():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_theta_is_bit_equal_and_entries_stay_within_the_limit(dtype):
     objective = quadratic(dtype)
-    estimator = HessianInformed(eps=1e-2, smoothing=1.0, limit=4.0)
+    estimator = HessianInformed(Central(1e-2), smoothing=1.0, limit=4.0)
     before = objective.theta.clone()
     for step in range(30):
         estimate = estimator.estimate(objective, [{}], Key(7, step))
@@ -102,10 +103,10 @@ def test_theta_is_bit_equal_and_entries_stay_within_the_limit(dtype):
 
 def test_a_non_finite_slope_is_dropped_and_teaches_nothing():
     objective = quadratic()
-    estimator = HessianInformed(eps=1e-2, smoothing=0.1)
+    estimator = HessianInformed(Central(1e-2), smoothing=0.1)
     estimator.estimate(objective, [{}], Key(7, 0))
     learnt = estimator.inverse.clone()
     objective.loss = lambda theta, batch: theta.sum() * float("nan")
     estimate = estimator.estimate(objective, [{}], Key(7, 1))
-    assert estimate.non_finite == 1 and not estimate.gradient.any()
+    assert estimate.figures[3] == 1 and not estimate.gradient.any()
     assert torch.equal(estimator.inverse, learnt)

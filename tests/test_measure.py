@@ -47,7 +47,7 @@ UNITS = {  # products of one linear layer whose input needs no gradient, by step
     "fzoo": {0: 1 + 8},
     "zo_sign": {0: 8 * 2},
     "zo_adam": {0: 2},
-    "lozo": {0: 2 + 3 * 2 / 8},  # U V^T of rank 2 three times, where the batch has 8 rows
+    "lozo": {0: 2 + 2 / 8},  # U V^T of rank 2 once, where the batch has 8 rows
     "hizoo": {0: 3},
     "fmad_guess": {0: 2 + 2},  # one guess by backpropagation, one derivative along it
 }

@@ -196,7 +196,7 @@ def test_non_finite_derivatives_are_dropped_and_counted():
     oracle = fixed(2.0, math.nan, math.inf, -math.inf, -1.0)
     estimate = Projected(oracle, Gaussian(), 5).estimate(network(), [{}], Key(7, 3))
     wanted = combined([2.0 / 5, 0, 0, 0, -1.0 / 5])
-    assert estimate.non_finite == 3
+    assert estimate.figures[3] == 3
     torch.testing.assert_close(estimate.gradient, wanted)
 
 
@@ -204,7 +204,7 @@ def test_only_non_finite_derivatives_give_nothing():
     for scale in ("unbiased", "spread"):
         projected = Projected(fixed(math.nan, math.inf), Gaussian(), 2, scale)
         estimate = projected.estimate(network(), [{}], Key(7, 3))
-        assert estimate.non_finite == 2 and not estimate.gradient.any()
+        assert estimate.figures[3] == 2 and not estimate.gradient.any()
 
 
 def test_the_limit_clips_derivatives():

@@ -18,6 +18,9 @@ FORMS = """How the weights are used: `encoder` (hidden states, pooled, and a hea
 and image), `fusion` (a head on an encoder that reads an image's features as its first tokens)."""
 
 
+TRACED = ("classifier", "causal", "image_text")  # forms whose steps are traced without weights
+
+
 class Held(Strict):
     """How a base is held in memory."""
 

@@ -49,7 +49,13 @@ class ExactOracle(Strict):
 
 
 Batched = Literal["auto", "always", "never"]
-EPS: Any = Field(1e-3, gt=0, description="Step of the difference.")
+EPS: Any = Field(
+    None,
+    gt=0,
+    description="Step of the difference. Default: 0.001 where a probe before the first step finds it "
+    "right, else what the probe finds best; where rounding of a base in half precision drowns every "
+    "step, losses are computed in float32. The probe's forwards are recorded, not charged.",
+)
 BATCHED: Any = Field(
     "auto",
     description="Evaluate the K perturbed parameter sets as one batched forward: `auto` does so "
@@ -61,7 +67,7 @@ class CentralOracle(Strict):
     """Central difference of two losses, `(f(theta + eps z) - f(theta - eps z)) / (2 eps)`."""
 
     kind: Literal["central"]
-    eps: float = EPS
+    eps: float | None = EPS
     batched: Batched = BATCHED
 
 
@@ -69,7 +75,7 @@ class OneSidedOracle(Strict):
     """Forward difference, `(f(theta + eps z) - f(theta)) / eps`, one base loss for all K."""
 
     kind: Literal["one_sided"]
-    eps: float = EPS
+    eps: float | None = EPS
     batched: Batched = BATCHED
 
 
@@ -158,7 +164,7 @@ class HessianInformedSpec(Strict):
     """Zeroth order scaled by an estimate of the Hessian's diagonal (HiZOO)."""
 
     kind: Literal["hessian_informed"]
-    eps: float = EPS
+    eps: float | None = EPS
     smoothing: float = Field(1e-3, gt=0, le=1, description="Share of the newest curvature.")
 
 
@@ -211,13 +217,28 @@ class ClipSpec(Strict):
     value: float | None = Field(None, gt=0, description="Largest absolute entry.")
 
 
+LEAST_RATE = 1e-5  # the least that is published for zeroth order with adapters
+
+
 class OptimizerSpec(Strict):
     """A torch optimiser on the flat parameter vector."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(gt=0, description="Learning rate.")
+    falls_from: int | None = Field(
+        None,
+        ge=1,
+        description="d up to which `lr` holds; for a longer trainable vector it falls as 1/d, as "
+        "the largest stable step of a projected estimate does, to 1e-5 at the least.",
+    )
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only.")
     weight_decay: float = Field(0.0, ge=0)
+
+    def rate(self, d: int) -> float:
+        """The learning rate for d trainable parameters."""
+        if self.falls_from is None or d <= self.falls_from:
+            return self.lr
+        return min(self.lr, max(self.lr * self.falls_from / d, LEAST_RATE))
 
 
 class MethodEntry(Entry):

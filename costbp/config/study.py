@@ -9,25 +9,28 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from costbp.config.catalog import (
+    TRACED,
     AssetEntry,
     BudgetEntry,
     Catalog,
+    ConfigSource,
     FolderSource,
     HubData,
+    HubSource,
     LocalData,
     ModelEntry,
     Repository,
     TaskEntry,
 )
-from costbp.config.costs import Costs
+from costbp.config.costs import Costs, card_bytes
 from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry, OptimizerSpec
 from costbp.files import digest
 
-FORMAT = 5  # raised when the meaning of a run changes, so that old records are not mistaken for new
+FORMAT = 6  # raised when the meaning of a run changes, so that old records are not mistaken for new
 
 
-COSTS = 2  # the same for what is measured of a step's cost
+COSTS = 3  # the same for what is measured of a step's cost
 
 
 class Cell(NamedTuple):
@@ -88,9 +91,19 @@ class Resources(Strict):
     gpu: int = Field(0, ge=0, description="GPUs of a training job.")
     mem_mb: int = Field(2500, ge=100, description="Memory of a training job.")
     runtime: int = Field(60, ge=1, description="Minutes a training job may take.")
+    memory: str | None = Field(
+        None, description="What a run may take of its device, as 24GB; default: what a GPU has."
+    )
     tflops: float = Field(
         100.0, gt=0, description="TFLOP/s that a GPU sustains, for the estimate of a study's hours."
     )
+
+    @field_validator("memory")
+    @classmethod
+    def _a_size(cls, memory: str | None) -> str | None:
+        if memory is not None:
+            card_bytes(memory)
+        return memory
 
 
 class Paths(Strict):
@@ -118,6 +131,9 @@ class Study(Strict):
     paths: Paths = Paths()
     resources: Resources = Resources()
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where runs train.")
+    start_unfit: bool = Field(
+        False, description="Start runs although their traced memory exceeds the device's."
+    )
     costs: Costs | None = Field(None, description="What `snakemake costs` traces.")
     entries: dict[Literal["methods", "models", "tasks", "budgets"], dict[str, dict[str, Any]]] = (
         Field(
@@ -259,6 +275,11 @@ class Plan(Strict):
         identity = [entry.identity() for entry in entries]
         device = self.study.device
         return short_hash([FORMAT, COSTS, device, self.assets_of(model, task), *identity])
+
+    def is_traced(self, model: str) -> bool:
+        """Whether the cost of a model's steps is read off its configuration, without a device."""
+        source = self.catalog.models[model].source
+        return isinstance(source, ConfigSource | HubSource | FolderSource) and source.form in TRACED
 
     def trace_key(self, model: str, methods: Sequence[str]) -> str:
         """Hash of what traced costs of a model depend on."""

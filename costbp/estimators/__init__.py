@@ -86,7 +86,7 @@ def _projected(spec: ProjectedSpec) -> Projected:
         _oracle(spec.oracle),
         SOURCES[type(spec.directions)](spec.directions),
         spec.directions.count,
-        spec.oracle.eps if spec.scale == "legacy" else spec.scale,  # type: ignore[union-attr]
+        spec.scale,
         spec.clip,
     )
 
@@ -120,7 +120,7 @@ def _from_file(spec: PythonSpec) -> Estimator:
 KINDS: dict[type, Callable[[Any], Estimator]] = {
     BackpropSpec: lambda spec: Backprop(_plan(spec)),
     ProjectedSpec: _projected,
-    HessianInformedSpec: lambda spec: HessianInformed(spec.eps, spec.smoothing),
+    HessianInformedSpec: lambda spec: HessianInformed(Central(spec.eps), spec.smoothing),
     LocalGuessSpec: lambda spec: LocalGuess(_oracle(spec.oracle)),
     PythonSpec: _from_file,
 }

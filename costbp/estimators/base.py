@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +22,54 @@ class Estimate:
             estimate overwrites.
         loss: mean loss of the batches at theta, [].
         derivatives: directional derivatives, [K]; empty for reverse mode.
-        non_finite: directional derivatives dropped because they were not finite.
+
+    Nothing of it has been read from the device: a step synchronises once, in the loop.
     """
 
     gradient: Tensor
     loss: Tensor
     derivatives: Tensor
-    non_finite: int = 0
 
     @property
-    def norm(self) -> float:
-        """Euclidean norm of the gradient estimate, accumulated in float32 or wider."""
-        return float(wide(self.gradient).norm())
+    def figures(self) -> Tensor:
+        """Loss, Euclidean norm of the gradient, root mean square of the derivatives (nan without
+        any) and how many of them were dropped because they were not finite: [4], float32 or
+        wider."""
+        norm = wide(self.gradient).norm()
+        size = wide(self.derivatives).square().mean().sqrt()
+        dropped = (~torch.isfinite(self.derivatives)).sum()
+        return torch.stack([part.to(norm.dtype) for part in (self.loss, norm, size, dropped)])
+
+
+@dataclass
+class Difference(ABC):
+    """An oracle that takes finite differences, and how it takes them.
+
+    Attributes:
+        eps: its step; None: ``STEP`` until a probe settles another (``train/probe.py``).
+        float32: whether losses are computed in float32 on a base that is held in half precision.
+    """
+
+    eps: float | None = None
+    float32: bool = field(default=False, init=False)
+
+    @property
+    def step(self) -> float:
+        """The step that is taken."""
+        return STEP if self.eps is None else self.eps
+
+    @abstractmethod
+    def __call__(
+        self, objective: Objective, batch: Batch, directions: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Loss [] and directional derivatives [K]."""
+
+    @abstractmethod
+    def forwards(self, count: int) -> int:
+        """Forward passes for ``count`` derivatives."""
+
+
+STEP = 1e-3  # of a difference in float32 (MeZO, arXiv 2305.17333)
 
 
 class Estimator(ABC):
@@ -66,6 +103,12 @@ class Estimator(ABC):
     def phase(self, step: int) -> int:
         """Steps of one phase cost the same on batches of one shape."""
         return 0
+
+    @property
+    def difference(self) -> Difference | None:
+        """The finite difference behind its derivatives, whose step a run settles before it
+        starts; None where derivatives are exact."""
+        return None
 
     @property
     def scratch(self) -> int:

@@ -65,13 +65,14 @@ class Calibrated(Source):
         self.kept = derivatives.abs().argmax(1)
         if self.use == "smallest":
             self.kept = derivatives.abs().argmin(1)
-        sizes = torch.zeros(len(derivatives), dtype=derivatives.dtype)
+        counts = [0] * len(derivatives)
         for name, (start, stop, _) in objective.slices.items():
-            sizes[group_of[name]] += stop - start
-        size = derivatives.square().mean(1).sqrt().cpu()
-        floor = max(float(size.max()), torch.finfo(size.dtype).tiny)
-        variances = sizes.sqrt() / size.clamp_min(floor / LIMIT**2)
-        variances = variances.clamp_max(float(variances.min()) * LIMIT**2)
+            counts[group_of[name]] += stop - start
+        sizes = torch.tensor(counts, dtype=derivatives.dtype, device=derivatives.device)
+        size = derivatives.square().mean(1).sqrt()
+        floor = size.max().clamp_min(torch.finfo(size.dtype).tiny)
+        variances = sizes.sqrt() / torch.maximum(size, floor / LIMIT**2)
+        variances = torch.minimum(variances, variances.min() * LIMIT**2)
         self.scales = (variances * sizes.sum() / (variances * sizes).sum()).sqrt()
 
     def _probed(self, objective: Objective, key: Key, probe: Probe) -> list[Tensor]:
@@ -98,11 +99,14 @@ class Calibrated(Source):
 
         return confined
 
+    def typical(self, objective: Objective, key: Key, count: int) -> Directions:
+        return Directions(objective, count, independent(objective, key))
+
     def draw(self, objective: Objective, key: Key, count: int) -> Directions:
         plain, group_of = independent(objective, key), self.groups(objective)
         assert self.scales is not None and self.kept is not None
         if self.use == "scale":
-            scales = self.scales.tolist()
+            scales = self.scales
             return Directions(
                 objective,
                 count,

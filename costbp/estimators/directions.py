@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from costbp.errors import UserError
-from costbp.estimators.base import wide_dtype
+from costbp.estimators.base import wide, wide_dtype
 from costbp.objective import Key, Objective
 
 Part = Callable[[int, str], Tensor]
@@ -52,19 +52,33 @@ class Directions:
 
     def combine(self, weights: Tensor) -> Tensor:
         """sum_k weights_k z'_k [d] in the objective's buffer, summed in float32 or wider."""
-        buffer, slices = self.objective.buffer, self.objective.slices
-        scales, dual = weights.tolist(), self.dual or self.part
+        buffer, slices, dual = self.objective.buffer, self.objective.slices, self.dual or self.part
         if self.dual is None and "dense" in vars(self):  # as rounded for the derivative
-            total = self.dense[0].to(weights.dtype) * scales[0]
-            for row, scale in zip(self.dense[1:], scales[1:], strict=True):
-                total.add_(row, alpha=scale)
-            return buffer.copy_(total)
+            return buffer.copy_(_weighted(self._dense_row, weights))
         for name, (start, stop, _) in slices.items():
-            total = dual(0, name).mul_(scales[0])
-            for k, scale in enumerate(scales[1:], 1):
-                total.add_(dual(k, name), alpha=scale)
-            buffer[start:stop] = total
+            buffer[start:stop] = _weighted(dual, weights, name)
         return buffer
+
+    def _dense_row(self, k: int, _: str) -> Tensor:
+        return wide(self.dense[k])
+
+    def row(self, k: int) -> Tensor:
+        """Direction k whole, [d], in float32 or wider: drawn again, or kept where all K are few."""
+        dtype = self.objective.theta.dtype
+        if dtype == wide_dtype(dtype) and self.count * self.objective.d <= KEPT:
+            return self.dense[k]
+        return torch.cat([self.part(k, name) for name in self.objective.slices])
+
+
+KEPT = 2**22  # numbers of directions that are kept instead of drawn again
+
+
+def _weighted(draw: Part, weights: Tensor, name: str = "") -> Tensor:
+    """sum_k weights_k draw(k, name), one term after the other."""
+    total = draw(0, name) * weights[0]
+    for k in range(1, len(weights)):
+        total.add_(draw(k, name) * weights[k])
+    return total
 
 
 class Source(ABC):
@@ -77,6 +91,11 @@ class Source(ABC):
     def update(self, objective: Objective, key: Key, probe: Probe) -> None:  # noqa: B027
         """Called before the draw of each estimate. ``probe(directions)`` measures derivatives
         [K] along directions, at their full cost."""
+
+    def typical(self, objective: Objective, key: Key, count: int) -> Directions:
+        """``count`` directions of the kind that is drawn first, with no derivative measured and
+        nothing remembered: what a step of a difference is settled on."""
+        return self.draw(objective, key, count)
 
     @property
     def cycle(self) -> int:
@@ -143,8 +162,8 @@ class Sphere(Source):
         part = independent(objective, key)
         scales = []
         for k in range(count):
-            square = sum(float(part(k, name).square().sum()) for name in objective.slices)
-            scales.append(math.sqrt(objective.d / square))
+            squares = [part(k, name).square().sum() for name in objective.slices]
+            scales.append((objective.d / torch.stack(squares).sum()).sqrt())
         return Directions(objective, count, lambda k, name: part(k, name).mul_(scales[k]))
 
 
@@ -227,6 +246,11 @@ class Sparse(Source):
             size = objective.theta[start:stop].abs()
             kept = max(1, round(self.fraction * len(size)))
             self.mask[start:stop] = size >= size.kthvalue(len(size) - kept + 1).values
+
+    def typical(self, objective: Objective, key: Key, count: int) -> Directions:
+        fresh = Sparse(self.fraction, self.refresh)
+        fresh.update(objective, key, lambda directions: directions.dense)
+        return fresh.draw(objective, key, count)
 
     def draw(self, objective: Objective, key: Key, count: int) -> Directions:
         part, mask = independent(objective, key), self.mask

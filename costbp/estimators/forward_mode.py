@@ -2,16 +2,19 @@
 
 The stock rule of ``F.linear`` multiplies by the tangent of the weight even where that is a zero
 tensor, so that a frozen layer runs three products (input, input tangent, zero weight tangent)
-where two suffice. A ``TorchFunctionMode`` sees every ``F.linear`` call, whoever makes it, and
-gives it a rule for exactly the tangents that exist. No module is changed.
+where two suffice. Here ``F.linear`` has a rule for exactly the tangents that exist while a derivative
+is computed. No module is changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import weakref
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -19,55 +22,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from costbp.console import say
 from costbp.errors import UserError
+from costbp.estimators.precision import HALF
 from costbp.objective import Batch, Objective, at_work
 
 PACKED = {"weight", "qweight", "packed_weight"}  # names of buffers that hold quantised weights
-HALF = (torch.bfloat16, torch.float16)
 
 
-class FloorRules(TorchFunctionMode):
-    """Within this mode ``F.linear`` differentiates forward at its floor.
+@contextlib.contextmanager
+def floor_rules(*, batched: bool) -> Iterator[None]:
+    """Within the block ``F.linear`` differentiates forward at its floor, whoever calls it by that
+    name. Nothing else is intercepted: a mode that sees every operator costs more Python than a small
+    layer's arithmetic.
 
     Args:
         batched: whether tangents are batched by vmap, which knows no ``make_dual`` and so needs
-            the rule as a Function; that costs more Python than most small layers' arithmetic.
+            the rule as a Function.
     """
+    linear, layer_norm, attention = F.linear, F.layer_norm, F.scaled_dot_product_attention
 
-    def __init__(self, *, batched: bool) -> None:
-        super().__init__()
-        self.batched = batched
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear:
-            x, w = args[:2]
-            b = args[2] if len(args) > 2 else kwargs.get("bias")
-            of = [None if t is None else fwad.unpack_dual(t).tangent for t in (x, w, b)]
-            if of[0] is not None or of[1] is not None:
-                return self._linear(x, w, b, of)
-        if func is F.scaled_dot_product_attention:
-            _notice_fused_attention()
-        result = func(*args, **kwargs)
-        if func is F.layer_norm and result.dtype in HALF:  # its tangent is float32 then
-            if self.batched:
-                return _SameDtype.apply(result)
-            primal, tangent = fwad.unpack_dual(result)
-            if tangent is not None:
-                return fwad.make_dual(primal, tangent.to(primal.dtype))
-        return result
-
-    def _linear(self, x: Tensor, w: Tensor, b: Tensor | None, of: list[Tensor | None]) -> Any:
-        if self.batched:
+    def floor_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Any:
+        of = [None if t is None else fwad.unpack_dual(t).tangent for t in (x, w, b)]
+        if of[0] is None and of[1] is None:
+            return linear(x, w, b)
+        if batched:
             return _Linear.apply(x, w, b, tuple(tangent is not None for tangent in of))
         x, w = fwad.unpack_dual(x).primal, fwad.unpack_dual(w).primal
-        value = F.linear(x, w, None if b is None else fwad.unpack_dual(b).primal)
+        value = linear(x, w, None if b is None else fwad.unpack_dual(b).primal)
         return fwad.make_dual(value, _linear_tangent(x, w, *of).to(value.dtype))
+
+    def same_dtype(*args: Any, **kwargs: Any) -> Any:
+        result = layer_norm(*args, **kwargs)
+        if result.dtype not in HALF:
+            return result
+        if batched:
+            return _SameDtype.apply(result)
+        primal, tangent = fwad.unpack_dual(result)  # its tangent is float32
+        return result if tangent is None else fwad.make_dual(primal, tangent.to(primal.dtype))
+
+    def unfused(*args: Any, **kwargs: Any) -> Any:
+        _notice_fused_attention()
+        return attention(*args, **kwargs)
+
+    with (
+        mock.patch.object(F, "linear", floor_linear),
+        mock.patch.object(F, "layer_norm", same_dtype),
+        mock.patch.object(F, "scaled_dot_product_attention", unfused),
+    ):
+        yield
 
 
 def _linear_tangent(
@@ -140,7 +144,7 @@ def directional_derivatives(
 
     try:
         # the fused attention kernel has no forward rule
-        with torch.no_grad(), FloorRules(batched=not one), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), floor_rules(batched=not one), sdpa_kernel(SDPBackend.MATH):
             if one:
                 return _derivative(objective, batch, tangents[0])
             return _derivatives(objective, batch, tangents)

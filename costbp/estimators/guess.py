@@ -46,7 +46,7 @@ class LocalGuess(Estimator):
             loss, derivatives = self.oracle(objective, batch, directions)
         usable = torch.isfinite(derivatives)
         gradient = directions.combine(torch.where(usable, derivatives, 0))
-        return Estimate(gradient, loss, derivatives, int((~usable).sum()))
+        return Estimate(gradient, loss, derivatives)
 
     @staticmethod
     def _guess(
@@ -82,15 +82,16 @@ def _groups(objective: Objective, found: Sequence[nn.Module]) -> dict[str, int]:
 def _by_group(
     objective: Objective, guess: Tensor, group_of: dict[str, int], used: Sequence[int]
 ) -> Directions:
-    lengths = dict.fromkeys(used, 0.0)
+    squares = dict.fromkeys(used, guess.new_zeros(()))
     for name, (start, stop, _) in objective.slices.items():
-        lengths[group_of[name]] += float(guess[start:stop].square().sum())
+        squares[group_of[name]] = squares[group_of[name]] + guess[start:stop].square().sum()
+    least = torch.finfo(guess.dtype).tiny  # a group without any gradient has no direction
 
     def part(k: int, name: str) -> Tensor:
         start, stop, _ = objective.slices[name]
-        length = lengths[used[k]] ** 0.5
-        mine = group_of[name] == used[k] and length > 0
-        return guess[start:stop] / length if mine else torch.zeros_like(guess[start:stop])
+        if group_of[name] != used[k]:
+            return torch.zeros_like(guess[start:stop])
+        return guess[start:stop] / squares[used[k]].clamp_min(least).sqrt()
 
     return Directions(objective, len(used), part)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from costbp.estimators.base import Estimate, Estimator, wide, wide_dtype
-from costbp.estimators.directions import Directions, Part, independent
-from costbp.estimators.oracles import losses_at
+from costbp.estimators.base import Difference, Estimate, Estimator, wide_dtype
+from costbp.estimators.directions import Directions, Gaussian, Part, Source, independent
+from costbp.estimators.oracles import Central, losses_at, plain_loss
+from costbp.estimators.precision import computing_in
 from costbp.objective import Batch, Key, Objective
 
 
@@ -26,12 +28,13 @@ class HessianInformed(Estimator):
     and its entries are held within ``limit`` and 1/``limit``. It is a vector [d] of state.
 
     Args:
-        eps: step of the differences.
+        how: the central difference whose step and precision are used.
         smoothing: a, the share of the newest curvature.
         limit: largest entry of Sigma and of its inverse.
     """
 
-    eps: float
+    how: Central
+    source: ClassVar[Source] = Gaussian()
     smoothing: float
     limit: float = 1e3
     inverse: Tensor | None = field(default=None, init=False)
@@ -47,25 +50,27 @@ class HessianInformed(Estimator):
             start, stop, _ = objective.slices[name]
             return noise(k, name).mul_(inverse[start:stop].rsqrt())
 
-        directions = Directions(objective, 1, scaled)
-        with objective.noise(key):
-            with torch.no_grad():
-                base = wide(objective.value(batch))
-            steps = (self.eps, -self.eps)
-            up, down = losses_at(objective, batch, directions, steps, "never").flatten()
-        slope = (up - down) / (2 * self.eps)
-        usable = bool(torch.isfinite(slope))
-        gradient = directions.combine(torch.where(torch.isfinite(slope), slope, 0).reshape(1))
-        if usable:
-            self._learn(objective, noise, float((up + down - 2 * base) / (2 * self.eps**2)))
-        return Estimate(gradient, base, slope.reshape(1), int(not usable))
+        directions, eps = Directions(objective, 1, scaled), self.how.step
+        with objective.noise(key), computing_in(self.how):
+            base = plain_loss(objective, batch)
+            up, down = losses_at(objective, batch, directions, (eps, -eps), "never").flatten()
+        slope = (up - down) / (2 * eps)
+        usable = torch.isfinite(slope)
+        gradient = directions.combine(torch.where(usable, slope, 0).reshape(1))
+        self._learn(objective, noise, usable, (up + down - 2 * base) / (2 * eps**2))
+        return Estimate(gradient, base, slope.reshape(1))
 
-    def _learn(self, objective: Objective, noise: Part, curvature: float) -> None:
+    def _learn(self, objective: Objective, noise: Part, usable: Tensor, curvature: Tensor) -> None:
         assert self.inverse is not None
         for name, (start, stop, _) in objective.slices.items():
             old = self.inverse[start:stop]
-            seen = noise(0, name).square_().mul_(old).mul_(abs(curvature))
+            seen = noise(0, name).square_().mul_(old).mul_(curvature.abs())
+            seen = torch.where(usable, seen, old)
             old.lerp_(seen, self.smoothing).clamp_(1 / self.limit, self.limit)
+
+    @property
+    def difference(self) -> Difference:
+        return self.how
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.inverse is None else {"inverse": self.inverse}

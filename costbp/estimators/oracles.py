@@ -15,14 +15,17 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from costbp.estimators.base import wide, wide_dtype
+from costbp.estimators.base import Difference, wide, wide_dtype
 from costbp.estimators.directions import Directions
 from costbp.estimators.forward_mode import directional_derivatives
+from costbp.estimators.precision import computing_in
 from costbp.objective import Batch, Objective
 
 Batched = Literal["auto", "always", "never"]
 
 SMALL = 64  # positions (tokens of a batch) up to which a batched forward beats a loop on the CPU
+FEW = 2**16  # trainable parameters of which a copy is never worth a thought
+SHARE = 8  # of a wide activation's numbers, that d may be for theta to be moved
 ROOM = 2**28  # bytes of perturbed parameter sets evaluated at once
 
 
@@ -63,12 +66,17 @@ def losses_at(
 ) -> Tensor:
     """Losses at theta + step * z_k for each step and k, [steps, K], float32 or wider.
 
-    One after the other, the perturbed parameters exist one operator at a time. Batched, all sets
-    run as one forward by vmap: K times its activations, and much faster where a forward is too
-    small to fill the machine. ``auto`` batches small inputs, where there are several sets.
+    One after the other: where theta is small against the activations (adapters), it moves there and
+    comes back from a copy; where it isn't, perturbed parameters exist one operator at a time, which
+    costs Python in every operator and no second theta. Batched, all sets run as one forward by
+    vmap: K times its activations, and much faster where a forward is too small to fill the machine.
+    ``auto`` batches small inputs, where there are several sets. All three give the same numbers
+    but for the order of sums inside products.
     """
     if how == "always" or (how == "auto" and directions.count > 1 and positions(batch) <= SMALL):
         return _batched(objective, batch, directions, steps)
+    if objective.d <= FEW or objective.d <= positions(batch) * objective.widest / SHARE:
+        return _moving(objective, batch, directions, steps)
     rows = [
         [_one(objective, batch, directions, k, step) for k in range(directions.count)]
         for step in steps
@@ -76,9 +84,38 @@ def losses_at(
     return torch.stack([torch.stack(row) for row in rows])
 
 
+def plain_loss(objective: Objective, batch: Batch) -> Tensor:
+    """Loss [] at theta without a graph, float32 or wider."""
+    with torch.no_grad():
+        return wide(objective.value(batch))
+
+
 def _one(objective: Objective, batch: Batch, directions: Directions, k: int, step: float) -> Tensor:
     with objective.perturbed(lambda name: directions.part(k, name).mul_(step)):
         return wide(objective.value(batch))
+
+
+def _moving(
+    objective: Objective, batch: Batch, directions: Directions, steps: Sequence[float]
+) -> Tensor:
+    columns = []
+    with objective.returning() as home:
+        for k in range(directions.count):
+            z = directions.row(k)
+            losses = []
+            for step in steps:
+                _move(objective.theta, home, z, step)
+                losses.append(wide(objective.value(batch)))
+            columns.append(torch.stack(losses))
+    return torch.stack(columns, 1)
+
+
+def _move(theta: Tensor, home: Tensor, z: Tensor, step: float) -> None:
+    """theta = home + step z, rounded once in its own dtype."""
+    if theta.dtype == z.dtype:
+        torch.mul(z, step, out=theta).add_(home)
+    else:
+        theta.copy_((z * step).add_(home))
 
 
 def _batched(
@@ -104,39 +141,44 @@ def positions(batch: Batch) -> int:
     return first.numel() if not first.is_floating_point() else len(first)
 
 
-@dataclass(frozen=True)
-class Central:
+@dataclass
+class Central(Difference):
     """Central difference (f(theta + eps z) - f(theta - eps z)) / (2 eps) (SPSA, Spall 1992; the
     oracle of MeZO, arXiv 2305.17333). Error eps^2/6 times the third derivative along z, plus
     rounding of about (machine epsilon) |f| / eps. The loss it reports is the mean of the two
     sides. Floor: 2K forward units.
     """
 
-    eps: float
     batched: Batched = "auto"
 
     def __call__(
         self, objective: Objective, batch: Batch, directions: Directions
     ) -> tuple[Tensor, Tensor]:
-        steps = (self.eps, -self.eps)
-        up, down = losses_at(objective, batch, directions, steps, self.batched)
-        return (up + down).mean() / 2, (up - down) / (2 * self.eps)
+        eps = self.step
+        with computing_in(self):
+            up, down = losses_at(objective, batch, directions, (eps, -eps), self.batched)
+        return (up + down).mean() / 2, (up - down) / (2 * eps)
+
+    def forwards(self, count: int) -> int:
+        return 2 * count
 
 
-@dataclass(frozen=True)
-class OneSided:
+@dataclass
+class OneSided(Difference):
     """Forward difference (f(theta + eps z) - f(theta)) / eps with one base loss for all K. Error
     eps/2 times the second derivative along z, plus rounding as ``Central``'s, twice. Floor: 1 + K
     forward units.
     """
 
-    eps: float
     batched: Batched = "auto"
 
     def __call__(
         self, objective: Objective, batch: Batch, directions: Directions
     ) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            base = wide(objective.value(batch))
-        (up,) = losses_at(objective, batch, directions, (self.eps,), self.batched)
-        return base, (up - base) / self.eps
+        with computing_in(self):
+            base = plain_loss(objective, batch)
+            (up,) = losses_at(objective, batch, directions, (self.step,), self.batched)
+        return base, (up - base) / self.step
+
+    def forwards(self, count: int) -> int:
+        return 1 + count

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from costbp.estimators.base import Estimate, Estimator
+from costbp.estimators.base import Difference, Estimate, Estimator
 from costbp.estimators.directions import Directions, Source
 from costbp.estimators.oracles import Oracle
 from costbp.objective import Batch, Key, Objective
@@ -30,15 +30,19 @@ class Projected(Estimator):
         count: K.
         scale: ``unbiased``; ``spread`` divides by the standard deviation of the K derivatives
             (the losses' spread over eps), which makes the step size follow it (FZOO, ICLR 2026);
-            a number multiplies the estimate.
+            ``legacy`` multiplies by the difference's step, as the study's ZO code does.
         limit: largest absolute derivative that is used; larger ones are clipped.
     """
 
     oracle: Oracle
     source: Source
     count: int = 1
-    scale: float | Literal["unbiased", "spread"] = "unbiased"
+    scale: Literal["unbiased", "spread", "legacy"] = "unbiased"
     limit: float | None = None
+
+    @property
+    def difference(self) -> Difference | None:
+        return self.oracle if isinstance(self.oracle, Difference) else None
 
     @property
     def cycle(self) -> int:
@@ -67,13 +71,22 @@ class Projected(Estimator):
         weights = torch.where(usable, derivatives, 0)
         if self.limit is not None:
             weights = weights.clamp(-self.limit, self.limit)
-        gradient = directions.combine(weights * (self._factor(derivatives[usable]) / self.count))
-        return Estimate(gradient, loss, derivatives, int((~usable).sum()))
+        weights = weights * (self._factor(derivatives, usable) / self.count)
+        return Estimate(directions.combine(weights), loss, derivatives)
 
-    def _factor(self, derivatives: Tensor) -> float:
-        if self.scale == "unbiased":
-            return 1.0
+    def _factor(self, derivatives: Tensor, usable: Tensor) -> float | Tensor:
+        if self.scale == "legacy":
+            assert self.difference is not None, "configuration refuses it for exact derivatives"
+            return self.difference.step
         if self.scale == "spread":
-            spread = float(derivatives.std()) if len(derivatives) > 1 else 0.0
-            return 1 / spread if spread > 0 else 0.0
-        return float(self.scale)
+            spread = _deviation(derivatives, usable)
+            return torch.where(spread > 0, 1 / spread, 0)
+        return 1.0
+
+
+def _deviation(values: Tensor, usable: Tensor) -> Tensor:
+    """Standard deviation [] of the usable values, nan of fewer than two; nothing is read."""
+    count = usable.sum()
+    mean = torch.where(usable, values, 0).sum() / count
+    squares = torch.where(usable, values - mean, 0).square().sum()
+    return (squares / (count - 1)).sqrt()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from costbp.measure.device import random_state, randomness_from
 
 
 class Segment:
@@ -52,7 +53,7 @@ class _Chain:
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
         self.saved: list[Tensor | None] | None = None
         self.count = self.asked = 0
-        self.random = _random_state(start)
+        self.random = random_state(start.device)
 
     def run(self, forward: Callable[..., Any], rest: tuple[Any, ...], kwargs: Any) -> Any:
         """One block's forward; what it saves is dropped."""
@@ -83,7 +84,7 @@ class _Chain:
         entry = self.start.detach().requires_grad_(self.start.requires_grad)
         with (
             torch.enable_grad(),
-            _restored(self.random),
+            randomness_from(self.random, self.start.device),
             saved_tensors_hooks(keep, lambda nothing: nothing),
         ):
             for forward, rest, kwargs in self.calls:
@@ -97,19 +98,3 @@ def _states(result: Any) -> Tensor:
     states = result if isinstance(result, Tensor) else result[0]
     assert isinstance(states, Tensor)
     return states
-
-
-def _random_state(like: Tensor) -> tuple[Tensor, Tensor | None]:
-    cuda = torch.cuda.get_rng_state(like.device) if like.is_cuda else None
-    return torch.get_rng_state(), cuda
-
-
-@contextlib.contextmanager
-def _restored(state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
-    """Within the block random numbers continue from ``state``; afterwards as before."""
-    cpu, cuda = state
-    with torch.random.fork_rng(enabled=True):
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-        yield

@@ -29,9 +29,7 @@ class Shaped(Wrapper):
         estimate = self.inner.estimate(objective, batches, key)
         gradient = estimate.gradient
         if self.norm is not None:
-            length = float(wide(gradient).norm())
-            if length > self.norm:
-                gradient.mul_(self.norm / length)
+            gradient.mul_((self.norm / wide(gradient).norm()).clamp(max=1))
         if self.value is not None:
             gradient.clamp_(-self.value, self.value)
         if self.sign:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from costbp.estimators.base import Estimate, Estimator, wide_dtype
+from costbp.estimators.base import Difference, Estimate, Estimator, wide_dtype
 from costbp.objective import Batch, Key, Objective
 
 
@@ -31,6 +31,10 @@ class Wrapper(Estimator):
 
     def phase(self, step: int) -> int:
         return self.inner.phase(step)
+
+    @property
+    def difference(self) -> Difference | None:
+        return self.inner.difference
 
     @property
     def scratch(self) -> int:
@@ -77,15 +81,14 @@ def mean_estimate(
     """Mean of one estimate of ``inner`` for each part, each with a sub-key of its own."""
     theta = objective.theta
     total = torch.zeros_like(theta, dtype=wide_dtype(theta.dtype))
-    losses, derivatives, non_finite = [], [], 0
+    losses, derivatives = [], []
     for index, part in enumerate(parts):
         estimate = inner.estimate(objective, part, key.at(index))
         total += estimate.gradient
         losses.append(estimate.loss)
         derivatives.append(estimate.derivatives)
-        non_finite += estimate.non_finite
     gradient = objective.buffer.copy_(total.div_(len(parts)))
-    return Estimate(gradient, torch.stack(losses).mean(), torch.cat(derivatives), non_finite)
+    return Estimate(gradient, torch.stack(losses).mean(), torch.cat(derivatives))
 
 
 @dataclass
@@ -136,7 +139,8 @@ class SVRG(Wrapper):
         assert self.snapshot is not None and self.mu is not None, "no snapshot before this step"
         here = self.inner.estimate(objective, batches, key)  # first: masks follow theta, not w_s
         gradient = here.gradient.clone()
-        with objective.moved(self.snapshot):
+        with objective.returning():
+            objective.theta.copy_(self.snapshot)
             gradient.sub_(self.inner.estimate(objective, batches, key).gradient)
         return replace(here, gradient=objective.buffer.copy_(gradient.add_(self.mu)))
 

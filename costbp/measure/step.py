@@ -13,6 +13,7 @@ import torch
 
 from costbp.estimators.base import Estimator
 from costbp.measure.categories import Categories
+from costbp.measure.device import synchronise
 from costbp.measure.meter import Meter
 from costbp.objective import Batch, Key, Objective
 
@@ -107,10 +108,13 @@ class CostCounter:
         costs, flops = [], 0
         for batch, passes in zip(batches, self.estimator.passes(key.step), strict=True):
             shape = tuple(tuple(tensor.shape) for tensor in batch.values())
-            known = (shape, estimator.phase(key.step))
+            difference = estimator.difference
+            wide = difference is not None and difference.float32
+            known = (shape, estimator.phase(key.step), wide)
             if known not in self._known:
                 trial = self._trial(objective, batch, key)
                 self._known[known] = batch_cost(trial, objective, batch, key)
+                synchronise(objective.theta.device)  # not on the next step's time
                 own = sum(tensor.nbytes for tensor in trial.state_dict().values())
                 wrappers = self.estimator.kept * objective.theta.nbytes
                 self.state_bytes = max(self.state_bytes, own + wrappers)
@@ -125,6 +129,12 @@ class CostCounter:
             at_peak={**largest.at_peak, **({"gradients": held} if held else {})},
         )
 
+    def follow(self, estimator: Estimator) -> None:
+        """Count differences as ``estimator`` has settled them."""
+        ours, theirs = self.estimator.difference, estimator.difference
+        if ours is not None and theirs is not None and vars(ours) != vars(theirs):
+            ours.eps, ours.float32, self._begun = theirs.eps, theirs.float32, None
+
     def _trial(self, objective: Objective, batch: Batch, key: Key) -> Estimator:
         """An estimator to count with: fresh for steps like the first, else one that has made it."""
         fresh = copy.deepcopy(self.estimator.per_batch)
@@ -136,18 +146,19 @@ class CostCounter:
         return copy.deepcopy(self._begun)
 
 
-def wall_seconds(run: Callable[[], Any], device: str = "cpu") -> float:
+def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
     """Wall time of one ``run()``, with the device synchronised before and after."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+    synchronise(device)
     start = time.perf_counter()
     run()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    synchronise(device)
     return time.perf_counter() - start
 
 
-def median_seconds(run: Callable[[], Any], device: str = "cpu") -> float:
+CPU = torch.device("cpu")
+
+
+def median_seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
     """Median wall time of ``run()`` after one warm-up: seven calls, or as many as fit into a
     second, at least one."""
     run()

@@ -6,8 +6,10 @@ and initial weights are functions of (seed, step), so a resumed run continues bi
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,18 +22,29 @@ from torch import Tensor, nn
 
 from costbp.config.methods import OptimizerSpec
 from costbp.config.study import RunSpec
-from costbp.estimators import Estimate, build_estimator
-from costbp.measure.step import CostCounter, StepCost, resident_bytes
+from costbp.console import say
+from costbp.estimators import build_estimator
+from costbp.measure.device import allocator_peaks, forget_peaks, free, synchronise
+from costbp.measure.step import (
+    CostCounter,
+    StepCost,
+    forward_only,
+    median_seconds,
+    resident_bytes,
+)
 from costbp.models.loss import cross_entropy
 from costbp.models.prepare import Prepared
 from costbp.models.weights import load_tokenizer
 from costbp.objective import Batch, Key, Objective
 from costbp.tasks.base import load_task
 from costbp.tasks.encoded import Split
+from costbp.train.probe import Probe, settle
 from costbp.train.record import Outcome, Summary
 from costbp.train.scores import Scorer, Scores, Scoring, to_device
 
 SMOOTHING = 0.9  # of the training loss that decides on divergence
+WARM_UP = 3  # steps of each kind whose time isn't typical
+ALLOCATOR_STEPS = 5  # after these the allocator is asked where a step is larger than all before
 
 
 class Interrupted(Exception):
@@ -40,11 +53,10 @@ class Interrupted(Exception):
 
 def build_optimizer(theta: Tensor, spec: OptimizerSpec) -> torch.optim.Optimizer:
     """A torch optimiser that steps the flat vector."""
+    lr = spec.rate(theta.numel())
     if spec.name == "adamw":
-        return torch.optim.AdamW([theta], lr=spec.lr, weight_decay=spec.weight_decay)
-    return torch.optim.SGD(
-        [theta], lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
-    )
+        return torch.optim.AdamW([theta], lr=lr, weight_decay=spec.weight_decay)
+    return torch.optim.SGD([theta], lr=lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
 
 
 class BatchStream:
@@ -81,6 +93,9 @@ class State:
     evaluated: int = 0  # evaluation points passed
     first_loss: float | None = None
     smooth_loss: float | None = None
+    allocated: int = 0
+    reserved: int = 0
+    probe: dict[str, Any] | None = None  # of the method's differences
     rows: list[dict[str, float | int | None]] = field(default_factory=list)
 
 
@@ -159,6 +174,9 @@ class Run:
         self.estimator.load_state_dict(saved["estimator"])
         self.state = State(**saved["state"])
         self.state.resumed += 1
+        if self.state.probe is not None:
+            Probe(**self.state.probe).adopt(self.estimator)
+            self.cost_of.follow(self.estimator)
 
     # --- one step ------------------------------------------------------------------------------
 
@@ -175,26 +193,30 @@ class Run:
             return (state.step + (ahead is not None)) / budget.amount
         return (state.units + (ahead.units if ahead else 0.0)) / budget.amount
 
-    def step(self, batches: list[Batch], key: Key, cost: StepCost) -> Estimate:
-        """One estimate and one optimiser step, timed."""
+    def step(self, batches: list[Batch], key: Key, cost: StepCost) -> list[float]:
+        """One estimate and one optimiser step, timed; returns the estimate's figures, and the sum of
+        theta as the last. Reading them is the one time that the host waits for the device."""
         state = self.state
-        start = self._clock()
+        largest = cost.peak_bytes > state.peak_bytes or state.step < ALLOCATOR_STEPS
+        if largest:
+            forget_peaks(self.device)
+        start = time.perf_counter()
         estimate = self.estimator.estimate(self.objective, batches, key)
         self.objective.theta.grad = estimate.gradient
         self.optimizer.step()
-        state.seconds += self._clock() - start
+        figures = estimate.figures
+        total = self.objective.theta.sum(dtype=figures.dtype)
+        found: list[float] = torch.cat([figures, total.reshape(1)]).tolist()
+        state.seconds += time.perf_counter() - start
+        if largest:
+            peaks = allocator_peaks(self.device)
+            state.allocated, state.reserved = map(max, peaks, (state.allocated, state.reserved))
         state.step += 1
         state.batches += len(batches)
         state.units += cost.units
         state.flops += cost.flops
         state.peak_bytes = max(state.peak_bytes, cost.peak_bytes)
-        state.non_finite += estimate.non_finite
-        return estimate
-
-    def _clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return found
 
     # --- the loop ------------------------------------------------------------------------------
 
@@ -202,6 +224,7 @@ class Run:
         """Spend the budget. The last step is the last that fits into it."""
         state, points = self.state, self.spec.evaluation.points
         accuracy = None
+        self._settle()
         while True:
             key = Key(self.spec.seed, state.step)
             batches = self.batches()
@@ -211,10 +234,10 @@ class Run:
             while state.evaluated < len(points) and points[state.evaluated] <= self.spent() + 1e-12:
                 accuracy = self._evaluate()
                 state.evaluated += 1
-            estimate = self.step(batches, key, cost)
-            loss = float(estimate.loss)
-            self._log(estimate, loss)
-            outcome = self._diverged(loss)
+            loss, norm, size, dropped, total = self.step(batches, key, cost)
+            state.non_finite += int(dropped)
+            self._log(loss, norm, size)
+            outcome = self._diverged(loss, total)
             watch(Progress(self.spent(), state, loss, accuracy))
             if outcome:
                 return "diverged", outcome
@@ -229,23 +252,43 @@ class Run:
             state.evaluated += 1
         return "completed", ""
 
-    def _log(self, estimate: Estimate, loss: float) -> None:
-        derivatives, state = estimate.derivatives, self.state
+    def _settle(self) -> None:
+        """Before the first step: how the method takes its differences, if it takes any."""
+        state, device = self.state, self.device
+        if state.step or state.probe is not None:
+            return
+        start = time.perf_counter()
+        probe = settle(self.objective, self.estimator, self.batches()[0], Key(self.spec.seed, 0))
+        if probe is not None:
+            state.probe = vars(probe)
+            self.cost_of.follow(self.estimator)
+            free(device)
+            if probe.snr < 1:
+                title = "/".join(self.spec.cell)
+                say(
+                    f"warning: {title} seed {self.spec.seed}: the differences of this model are mostly "
+                    f"noise: signal to noise {probe.snr:.2g} at the best step, eps = {probe.eps:g}"
+                )
+        synchronise(device)
+        state.evaluation_seconds += time.perf_counter() - start
+
+    def _log(self, loss: float, norm: float, size: float) -> None:
+        state = self.state
         row: dict[str, float | int | None] = {
             "step": state.step,
             "forward_units": state.units,
             "flops": state.flops,
             "seconds": state.seconds,
             "loss": loss,
-            "gradient_norm": estimate.norm,
+            "gradient_norm": norm,
         }
-        if len(derivatives):
-            row["derivative_rms"] = float(derivatives.square().mean().sqrt())
+        if not math.isnan(size):
+            row["derivative_rms"] = size
         state.rows.append(row)
 
-    def _diverged(self, loss: float) -> str:
+    def _diverged(self, loss: float, total: float) -> str:
         state, limit = self.state, self.spec.evaluation.diverged_at
-        if not (math.isfinite(loss) and self.objective.finite()):
+        if not (math.isfinite(loss) and math.isfinite(total)):
             return f"loss or parameters not finite at step {state.step}"
         if state.first_loss is None or state.smooth_loss is None:
             state.first_loss = state.smooth_loss = loss
@@ -269,9 +312,9 @@ class Run:
         return found.accuracy
 
     def _score(self, split: str, scoring: Scoring) -> Scores:
-        start = self._clock()
+        start = time.perf_counter()
         found = self.scorer(self.module, split, scoring)
-        self.state.evaluation_seconds += self._clock() - start
+        self.state.evaluation_seconds += time.perf_counter() - start
         return found
 
     def _tested(self) -> tuple[Scores, dict[str, float]]:
@@ -301,6 +344,7 @@ class Run:
         tested, metrics = self._tested() if test else (None, {})
         resident = self.resident()
         weights = resident.pop("weights")
+        probe = Probe(**state.probe) if state.probe is not None else None
         return Summary(
             test_accuracy=tested.accuracy if tested else None,
             test_loss=_finite(tested.loss) if tested else None,
@@ -321,7 +365,35 @@ class Run:
             majority=self.data.facts["majority"]["test"],
             resumed=state.resumed,
             non_finite=state.non_finite,
+            learning_rate=self.spec.optimizer.rate(self.objective.d),
+            eps=probe.eps if probe else None,
+            float32=probe is not None and probe.float32,
+            difference_snr=probe.snr if probe else None,
+            difference_cosine=probe.cosine if probe else None,
+            probe_forwards=probe.forwards if probe else 0,
+            step_seconds=self._step_seconds(),
+            forward_seconds=self._forward_seconds() if test else None,
+            allocated_bytes=state.allocated or None,
+            reserved_bytes=state.reserved or None,
         )
+
+    def _step_seconds(self) -> float | None:
+        """A typical step: each kind of step (of SVRG, of calibrations) by its median after the first
+        few, kinds by how often they occur."""
+        ends = [row["seconds"] for row in self.state.rows if "loss" in row]
+        spans = [end - start for start, end in itertools.pairwise([0.0, *ends])]  # type: ignore[operator]
+        kinds: dict[Any, list[float]] = {}
+        for step, span in enumerate(spans):
+            kind = (self.estimator.passes(step), self.estimator.per_batch.phase(step))
+            kinds.setdefault(kind, []).append(span)
+        if not kinds:
+            return None
+        usual = [(len(s), statistics.median(s[WARM_UP:] or s)) for s in kinds.values()]
+        return sum(count * seconds for count, seconds in usual) / len(spans)
+
+    def _forward_seconds(self) -> float:
+        batch = self.batches()[0]
+        return median_seconds(partial(forward_only, self.objective, batch), self.device)
 
 
 def _finite(value: float | int | None) -> float | None:

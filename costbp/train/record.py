@@ -25,12 +25,23 @@ from costbp.files import atomic, write_text
 
 Row = Mapping[str, float | int | None]  # one step or evaluation: column -> value
 Outcome = Literal["completed", "diverged", "out_of_memory", "does_not_fit", "failed"]
+UNFIT = ("does_not_fit", "out_of_memory")  # outcomes of runs too large for their device
 RECORD, STEPS, CHECKPOINT, PROGRESS = (
     "record.json",
     "steps.parquet",
     "checkpoint.pt",
     "progress.json",
 )
+WHOLE = ("step", "flops")
+COLUMNS = pa.schema(
+    [
+        (name, pa.int64() if name in WHOLE else pa.float64())
+        for name in (
+            *("step", "forward_units", "flops", "seconds", "loss", "gradient_norm"),
+            *("derivative_rms", "validation_accuracy", "validation_loss"),
+        )
+    ]
+)  # of steps.parquet
 
 
 class Summary(BaseModel):
@@ -53,6 +64,15 @@ class Summary(BaseModel):
         majority: share of the most frequent class of the test split.
         resumed: how often the run was taken up again.
         non_finite: directional derivatives that were dropped.
+        learning_rate: as it was used, d taken into account.
+        eps, float32: step and precision of the method's differences, as settled at the start.
+        difference_snr, difference_cosine: of those differences against exact derivatives at the
+            start (``train/probe.py``): signal to noise in power, and cosine.
+        probe_forwards: forward passes that settling them took; not charged to the budget.
+        step_seconds, forward_seconds: a typical optimiser step (each kind's median after the first
+            steps) and a no-grad forward, the device synchronised.
+        predicted_bytes: all bytes at a step's peak, traced without the device.
+        allocated_bytes, reserved_bytes: the same as the device's allocator tells, largest step.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -76,6 +96,17 @@ class Summary(BaseModel):
     majority: float = 0.0
     resumed: int = 0
     non_finite: int = 0
+    learning_rate: float | None = None
+    eps: float | None = None
+    float32: bool = False
+    difference_snr: float | None = None
+    difference_cosine: float | None = None
+    probe_forwards: int = 0
+    step_seconds: float | None = None
+    forward_seconds: float | None = None
+    predicted_bytes: int | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
 
     def figures(self) -> dict[str, float | int | None]:
         """All of it by name; the test split's metrics are called ``test_`` and their name."""
@@ -119,11 +150,11 @@ def read_record(folder: Path) -> Record | None:
 
 def write_run(folder: Path, record: Record, rows: Sequence[Row]) -> None:
     """Store a finished run: steps first, the record last. A row that lacks a column has a null
-    there. (Without pandas, whose import would cost every job most of a second.)"""
-    columns = dict.fromkeys(name for row in rows for name in row)
+    there; a run that ended before its first step has no rows. (Without pandas, whose import would
+    cost every job most of a second.)"""
     with atomic(folder / STEPS) as temporary:
-        table = pa.table({name: [row.get(name) for row in rows] for name in columns})
-        pq.write_table(table, temporary)
+        columns = {name: [row.get(name) for row in rows] for name in COLUMNS.names}
+        pq.write_table(pa.table(columns, schema=COLUMNS), temporary)
     write_text(folder / RECORD, record.model_dump_json(indent=2) + "\n")
     for name in (CHECKPOINT, PROGRESS):
         (folder / name).unlink(missing_ok=True)
