@@ -33,6 +33,7 @@ def frames(accuracies: dict[str, list[float]], ends: dict[str, float]) -> Frames
             names = {**CELL, "method": method, "seed": seed}
             runs.append(
                 {**names, "family": families[method], "test_accuracy": accuracy, "majority": 0.2}
+                | {"outcome": "completed"}
             )
             for share in (0.0, 0.5, 1.0):
                 curves.append(

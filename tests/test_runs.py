@@ -204,9 +204,10 @@ def test_read_only_output_is_one_line(costbp, workdir):
 
 
 def test_device_slots_are_distinct(tmp_path):
-    with first_free(2, tmp_path) as one, first_free(2, tmp_path) as two:
+    names = ["GPU-a", "MIG-b/3/0"]
+    with first_free(names, tmp_path) as one, first_free(names, tmp_path) as two:
         assert {one, two} == {0, 1}
-    with first_free(2, tmp_path) as again:
+    with first_free(names, tmp_path) as again:
         assert again == 0
 
 

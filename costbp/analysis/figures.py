@@ -85,6 +85,11 @@ def _grid(
 ) -> Figure:
     """A panel per (model, task); ``draw(axis, rows)`` fills it; one legend below all."""
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.35)
+    if frame.empty:
+        figure, axis = plt.subplots(figsize=PANEL)
+        axis.set_axis_off()
+        axis.text(0.5, 0.5, "no run got as far as an evaluation", ha="center")
+        return figure
     pairs = list(dict.fromkeys(zip(frame["model"], frame["task"], strict=True)))
     models, tasks = dict.fromkeys(frame["model"]), dict.fromkeys(frame["task"])
     columns = min(ABREAST, len(pairs))
@@ -210,6 +215,7 @@ def memory_accuracy(plan: Plan, frames: Frames) -> Figure:
 
     runs = _labelled(plan, frames.runs)
     runs = runs.assign(bytes=runs["peak_bytes"] + runs["state_bytes"])
+    runs = runs[runs["peak_bytes"] > 0]  # a run too large for its device has taken no step
     return _grid(plan, runs, draw, "Peak memory beyond weights", "Test accuracy")
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from costbp.config.study import Plan
 from costbp.errors import UserError
 from costbp.files import atomic
-from costbp.train.record import STEPS, read_record
+from costbp.train.record import STEPS, Record, read_record
 
 RUNS, CURVES, COSTS = "runs.parquet", "curves.parquet", "costs.parquet"
 CELL = ["model", "task", "method", "budget"]
@@ -27,7 +27,8 @@ class Frames:
         runs: one row a run: cell, seed, family, outcome, optimiser, environment, summary figures.
         curves: one row an evaluation: cell, seed, step, forward_units, flops, seconds, and
             accuracy and loss on the validation split.
-        costs: one row per (model, task, method): figures of one step.
+        costs: one row per (model, task, method): figures of one step, counted; its seconds and
+            the allocator's bytes are those of the runs.
     """
 
     runs: pd.DataFrame
@@ -60,18 +61,42 @@ def collect(plan: Plan) -> Frames:
                     "hash": record.hash,
                     "outcome": record.outcome,
                     "message": record.message,
-                    "optimizer": f"{spec.optimizer.name} {spec.optimizer.lr:g}",
+                    "optimizer": f"{spec.optimizer.name} {_rate(record):.2g}",
                     "finished": record.finished.isoformat(),
                     **record.environment,
                     **record.summary.figures(),
                 }
             )
             steps = pd.read_parquet(folder / STEPS)
-            if "validation_accuracy" in steps:
-                found = steps.loc[steps["validation_accuracy"].notna(), EVALUATED]
-                curves.append(found.assign(**names))
+            found = steps.loc[steps["validation_accuracy"].notna(), EVALUATED]
+            curves.append(found.assign(**names))
     costs = [entry for model, task in plan.pairs() for entry in _cost_file(plan, model, task)]
-    return Frames(pd.DataFrame(runs), pd.concat(curves, ignore_index=True), pd.DataFrame(costs))
+    known = [curve for curve in curves if len(curve)] or curves[:1]  # a run may have ended before
+    table = pd.DataFrame(runs)
+    return Frames(table, pd.concat(known, ignore_index=True), _measured(pd.DataFrame(costs), table))
+
+
+def _rate(record: Record) -> float:
+    """The learning rate as it was used; a run that never began has none of its own."""
+    used = record.summary.learning_rate
+    return record.spec.optimizer.lr if used is None else used
+
+
+MEASURED = {  # by the runs: a column of costs, and how it follows from the runs'
+    "seconds": ("step_seconds", "mean"),
+    "forward_seconds": ("forward_seconds", "mean"),
+    "predicted_bytes": ("predicted_bytes", "max"),
+    "allocated_bytes": ("allocated_bytes", "max"),
+    "reserved_bytes": ("reserved_bytes", "max"),
+}
+
+
+def _measured(costs: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Costs with what the runs of each (model, task, method) took."""
+    keys = CELL[:3]
+    columns = {source: pd.to_numeric(runs[source]) for source, _ in MEASURED.values()}
+    found = runs.assign(**columns).groupby(keys, sort=False).agg(**MEASURED).reset_index()
+    return costs.drop(columns=list(MEASURED), errors="ignore").merge(found, on=keys, how="left")
 
 
 def _cost_file(plan: Plan, model: str, task: str) -> list[dict[str, Any]]:

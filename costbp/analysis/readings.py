@@ -19,6 +19,7 @@ from costbp.analysis.frames import CELL, Frames, at_units, first_reach
 from costbp.analysis.verdict import Claim, Reading
 from costbp.config.study import Plan
 from costbp.errors import UserError
+from costbp.train.record import UNFIT
 
 LEARNT = 0.05  # accuracy above the majority class from which a run counts as having learnt
 
@@ -65,13 +66,18 @@ def reference_method(plan: Plan) -> str:
 def pairs(plan: Plan, frames: Frames) -> Iterator[Pair]:
     """Every comparison of the reference with an FmAD or ZO method."""
     reference = reference_method(plan)
-    for (model, task, budget), group in frames.runs.groupby(
+    for (model, task, budget), group in _scored(frames).groupby(
         ["model", "task", "budget"], sort=False
     ):
         base = group[group["method"] == reference]
         for method, other in group[group["family"] != "bp"].groupby("method", sort=False):
             if len(base):
                 yield Pair(f"{method} on {model}/{task}/{budget}", base, other, frames.curves)
+
+
+def _scored(frames: Frames) -> pd.DataFrame:
+    """Runs that had room on their device: the others have no score, not a bad one."""
+    return frames.runs[~frames.runs["outcome"].isin(UNFIT)]
 
 
 def accuracy_gap(plan: Plan, frames: Frames, claim: Claim) -> Reading:
@@ -281,7 +287,7 @@ def beats_its_baseline(plan: Plan, frames: Frames, claim: Claim) -> Reading:
         "mean over seeds. Decided where no seed of one reaches any seed of the other."
     )
     gaps = []
-    for (model, task, budget), group in frames.runs.groupby(
+    for (model, task, budget), group in _scored(frames).groupby(
         ["model", "task", "budget"], sort=False
     ):
         scores = {m: g["test_accuracy"].fillna(0) for m, g in group.groupby("method")}

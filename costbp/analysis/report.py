@@ -14,9 +14,19 @@ from costbp.analysis.captions import CAPTIONS
 from costbp.analysis.claims import judge
 from costbp.analysis.frames import Frames
 from costbp.analysis.readings import reference_method
-from costbp.analysis.tables import HEADERS, cost_table, metric_table, readable, scale_line, spread
+from costbp.analysis.tables import (
+    HEADERS,
+    cost_line,
+    cost_table,
+    metric_table,
+    readable,
+    scale_line,
+    spread,
+)
 from costbp.config.study import Plan
 from costbp.files import write_json, write_text
+
+NOISE = 1.0  # signal to noise of a difference below which it is mostly noise
 
 
 def headline(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
@@ -49,7 +59,7 @@ def headline(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
                 "model": plan.catalog.models[model].label,
                 "budget": plan.catalog.budgets[budget].label,
                 "majority": float(runs["majority"].iloc[0]),
-                "d": int(runs["d"].iloc[0]),
+                "d": int(runs["d"].max()),
                 "rows": rows,
             }
         )
@@ -87,6 +97,7 @@ def notes(plan: Plan, frames: Frames) -> list[str]:
         f"trials on the validation split ({plan.study.tuning.file}), the same number for every "
         f"method; {total - tuned} use the catalog's default."
     )
+    found += differences(plan, frames)
     best = [c for c in headline(plan, frames) if any(r["family"] == "bp" for r in c["rows"])]
     stuck = []
     for card in best:
@@ -97,6 +108,35 @@ def notes(plan: Plan, frames: Frames) -> list[str]:
         found.append(
             "Within this budget not even these left the majority class by more than 5 points, so "
             "nothing can be said of their convergence: " + "; ".join(stuck) + "."
+        )
+    return found
+
+
+def differences(plan: Plan, frames: Frames) -> list[str]:
+    """How ZO's differences were taken, and which of them are mostly noise."""
+    probed = frames.runs[frames.runs["difference_snr"].notna()]
+    if probed.empty:
+        return []
+    steps = sorted({f"{eps:g}" for eps in probed["eps"]}, key=float)
+    wide = probed["float32"].astype(bool).sum()
+    found = [
+        f"Steps of differences were settled before each run by a probe on its first batch (eps "
+        f"{', '.join(steps)}; {probed['probe_forwards'].mean():.0f} forwards a run on average, "
+        "recorded and not charged to the budget)."
+        + (
+            f" {wide} of {len(probed)} runs compute their losses in float32, since rounding of the "
+            "base's half precision would drown them."
+            if wide
+            else ""
+        )
+    ]
+    noisy = probed[probed["difference_snr"] < NOISE]
+    for (model, method), runs in noisy.groupby(["model", "method"], sort=False):
+        found.append(
+            f"{plan.catalog.methods[method].label} on {plan.catalog.models[model].label}: the "
+            f"differences of {len(runs)} runs are mostly noise at every step that was tried (signal "
+            f"to noise {runs['difference_snr'].min():.2g} in power); a comparison with them says "
+            "nothing of the method."
         )
     return found
 
@@ -169,6 +209,7 @@ def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
         summary=readable(plan, frames).rename(columns=HEADERS),
         metrics=metric_table(plan, frames),
         costs=cost_table(plan, frames),
+        cost_line=cost_line(frames),
         unusual=unusual(frames),
         figures={name: (caption, images[name]) for name, caption in CAPTIONS.items()},
         notes=notes(plan, frames),

@@ -130,8 +130,14 @@ def words(column: str) -> str:
 def cost_table(plan: Plan, frames: Frames) -> pd.DataFrame:
     """Cost of one optimiser step of every method, as text."""
     rows = []
+    asked = frames.costs["allocated_bytes"].notna().any()  # an allocator was: a GPU's
     for row in frames.costs.itertuples():
-        forwards = row.seconds / row.forward_seconds if row.forward_seconds else math.nan
+        forwards = row.seconds / row.forward_seconds
+        memory = {
+            "Traced peak": _gib(row.predicted_bytes),
+            "Allocated": _gib(row.allocated_bytes),
+            "Reserved": _gib(row.reserved_bytes),
+        }
         rows.append(
             {
                 "Model": plan.catalog.models[row.model].label,
@@ -139,12 +145,35 @@ def cost_table(plan: Plan, frames: Frames) -> pd.DataFrame:
                 "Method": plan.catalog.methods[row.method].label,
                 "Forward units": f"{row.forward_units:.2f}",
                 "Closed form": "-" if pd.isna(row.theory_units) else f"{row.theory_units:.3g}",
-                "Time, forwards": f"{forwards:.1f}",
+                "Time, forwards": "-" if math.isnan(forwards) else f"{forwards:.1f}",
                 "FLOPs": si(row.flops),
                 "Peak beyond weights": mib(row.peak_bytes + row.state_bytes),
             }
+            | (memory if asked else {})
         )
     return pd.DataFrame(rows)
+
+
+def cost_line(frames: Frames) -> str:
+    """How the cost table came about, in one sentence each."""
+    ways = {"meta": "traced without weights"}
+    counted = sorted({ways.get(name, f"counted on a {name}") for name in frames.costs["device"]})
+    devices = sorted(set(frames.runs["device"]))
+    text = (
+        f"Cost of one optimiser step. FLOPs and peak bytes are {' or '.join(counted)}; times are "
+        f"medians of the runs' own steps, in no-grad forwards of one batch ({', '.join(devices)})."
+    )
+    if frames.costs["allocated_bytes"].notna().any():
+        text += (
+            " Traced peak, allocated and reserved are all bytes at a step's peak, weights included: "
+            "as traced beforehand on full-length batches, and as the device's allocator tells of the "
+            "runs' largest step."
+        )
+    return text
+
+
+def _gib(value: float) -> str:
+    return "-" if pd.isna(value) else f"{value / 2**30:.2f} GiB"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -195,6 +224,5 @@ def write(plan: Plan, frames: Frames, folder: Path) -> None:
     write_text(folder / "summary.csv", numbers(frames).to_csv(index=False))
     write_text(folder / "summary.tex", latex(table, caption))
     costs = cost_table(plan, frames)
-    devices = " and ".join(sorted(set(frames.costs["device"])))
-    write_text(folder / "cost.md", f"Cost of one optimiser step ({devices}).\n\n{markdown(costs)}")
+    write_text(folder / "cost.md", f"{cost_line(frames)}\n\n{markdown(costs)}")
     write_text(folder / "cost.csv", frames.costs.to_csv(index=False))

@@ -68,34 +68,35 @@ def cost(
     Models with a configuration (the study's nine, or any `config.json`) are traced at full size
     without weights. Models with weights are measured on a task's batches on the CPU.
     """
-    from costbp.train.cost import measure_costs, write_costs
+    from costbp.train.cost import measure_costs, traceable, write_costs
     from costbp.train.trace import Bench
 
     study = load(config, plan)
     entry = model_entry(study, model, settings)
     if task is not None:
         known(study, "tasks", task)
-    if isinstance(entry.source, ConfigSource):
+    given = {"--batch": batch, "--seq": seq, "--device": device, "--set": settings}
+    changed = [name for name, value in given.items() if value is not None and value != []]
+    shaped = traceable(entry, study.study.paths.cache / "assets")
+    if task is not None and not changed and model in study.catalog.models:
+        names = wanted(study, method, study.pairs().get((model, task), []))
+        entries = measure_costs(study, model, task, names, timed=out is None)
+    elif shaped is not None:
         shape = study.catalog.tasks[task] if task else None
         batch = batch or (shape.batch_size if shape else BATCH)
         seq = seq or (shape.max_length if shape else SEQ)
-        bench, methods = Bench(entry, device or "meta"), study.catalog.methods
+        bench, methods = Bench(shaped, device or "meta"), study.catalog.methods
         entries = [
-            {**bench.cost(name, methods[name], batch, seq), "model": model}
+            {**bench.cost(name, methods[name], batch, seq), "model": model, "task": task}
             for name in track(wanted(study, method), f"tracing {model}")
         ]
+    elif changed:
+        raise UserError(
+            f"model '{model}' is measured on a task's own batches, on the CPU: "
+            f"{', '.join(changed)} would change nothing"
+        )
     else:
-        given = {"--batch": batch, "--seq": seq, "--device": device, "--set": settings}
-        ignored = [name for name, value in given.items() if value is not None and value != []]
-        if ignored:
-            raise UserError(
-                f"model '{model}' is measured on a task's own batches, on the CPU: "
-                f"{', '.join(ignored)} would change nothing"
-            )
-        if task is None:
-            raise UserError(f"model '{model}' is measured on data: name its --task")
-        names = wanted(study, method, study.pairs().get((model, task), []))
-        entries = measure_costs(study, model, task, names)
+        raise UserError(f"model '{model}' is measured on data: name its --task")
     if out is not None:
         write_costs(out, entries)
     if as_json:

@@ -82,6 +82,9 @@ def train(
     config: Config = None,
     plan: Frozen = None,
     seed: Annotated[list[int] | None, typer.Option(help="Instead of the study's seeds.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start although the traced memory doesn't fit.")
+    ] = False,
     out: Out = None,
 ) -> None:
     """Run one experiment, seed after seed. Finished seeds are kept, interrupted ones continue."""
@@ -102,7 +105,7 @@ def train(
             say(f"warning: {error}")
 
     specs = [study.spec(cell, s) for s in (seed or study.seeds(cell))]
-    records = run_specs(study, specs, done=track_run)
+    records = run_specs(study, specs, force=force, done=track_run)
     if out is not None:
         write_manifest(out, cell, records, study.study.paths.store)
 

@@ -1,4 +1,5 @@
-"""Cost of a step of each method on one (model, task): counted, timed, and held against theory."""
+"""Cost of a step of each method on one (model, task): traced without weights where the model's
+configuration is known, else counted on its own batches."""
 
 from __future__ import annotations
 
@@ -11,20 +12,33 @@ from typing import Any
 
 import torch
 
+from costbp.config.catalog import (
+    TRACED,
+    ConfigSource,
+    FolderSource,
+    Held,
+    HubSource,
+    ModelEntry,
+)
 from costbp.config.study import Cell, Plan
+from costbp.console import say
+from costbp.errors import UserError
 from costbp.estimators.memory_plans import blocks
 from costbp.files import write_json
 from costbp.measure.step import StepCost, by_category, forward_only, median_seconds
 from costbp.models.build import build_model
 from costbp.models.prepare import load_prepared, prepare
+from costbp.models.weights import DROPOUTS, weights_folder
 from costbp.objective import Key
+from costbp.tasks.base import load_task
 from costbp.theory.cost import forward_units
 from costbp.train.devices import device_slot
 from costbp.train.loop import Run
+from costbp.train.trace import CLASSES, UNTIMED, Bench
 
 
 def measure_costs(
-    plan: Plan, model: str, task: str, methods: Sequence[str]
+    plan: Plan, model: str, task: str, methods: Sequence[str], *, timed: bool = False
 ) -> list[dict[str, Any]]:
     """One entry per method, from the cache where it was measured before.
 
@@ -33,42 +47,106 @@ def measure_costs(
     seq, device``.
     FLOPs, units and seconds are those of one optimiser step, mean over the estimator's cycle
     (SVRG's snapshots, calibrations); ``peak_bytes`` is the largest, beyond weights, gradient and
-    state (the optimiser's, the estimator's), and ``peak_by_category`` all bytes at that moment;
-    ``seconds`` are medians on the study's device.
+    state (the optimiser's, the estimator's), and ``peak_by_category`` all bytes at that moment.
+    ``seconds`` are medians on the study's device; None where traced, or unless ``timed``: a
+    study's times are those of its runs.
     """
-    folder = plan.study.paths.cache / "cost" / model / task
-    paths = [folder / f"{m}-{plan.cost_key(model, task, m)}.json" for m in methods]
-    if not all(path.exists() for path in paths):
-        with device_slot(plan.study.device, plan.study.paths.cache / "devices") as device:
+    found = [traced_cost(plan, model, task, method) for method in methods]
+    if all(found):
+        return [entry for entry in found if entry is not None]
+    paths = [_cached(plan, model, task, method) for method in methods]
+    known = {path: _read(path) for path in paths}
+    missing = {p for p, e in known.items() if e is None or (timed and e["seconds"] is None)}
+    if missing:
+        with device_slot(plan.study.device) as device:
             for method, path in zip(methods, paths, strict=True):
-                if not path.exists():
-                    write_json(path, _measure(plan, model, task, method, device))
+                if path in missing:
+                    write_json(path, _measure(plan, model, task, method, device, timed))
     return [json.loads(path.read_text()) for path in paths]
 
 
+def _cached(plan: Plan, model: str, task: str, method: str) -> Path:
+    folder = plan.study.paths.cache / "cost" / model / task
+    return folder / f"{method}-{plan.cost_key(model, task, method)}.json"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    entry: dict[str, Any] = json.loads(path.read_text())
+    return entry
+
+
+def traced_cost(plan: Plan, model: str, task: str, method: str) -> dict[str, Any] | None:
+    """The entry of one method, traced on batches of the task's full size, without weights or
+    device; None for a model whose configuration isn't known, or that can't be traced."""
+    entry = traceable(plan.catalog.models[model], plan.study.paths.cache / "assets")
+    if entry is None:
+        return None
+    path = _cached(plan, model, task, method)
+    known = _read(path)
+    if known is None:
+        data = plan.catalog.tasks[task]
+        try:
+            bench = Bench(entry, "meta", len(load_task(data.loader).names) or CLASSES)
+            given = plan.catalog.methods[method], data.batch_size, data.max_length
+            known = {**bench.cost(method, *given), "model": model, "task": task}
+        except UserError as error:
+            if isinstance(plan.catalog.models[model].source, ConfigSource):
+                raise
+            say(f"warning: model '{model}' is not traced: {error}")
+            return None
+        write_json(path, known)
+    return known
+
+
+def traceable(entry: ModelEntry, assets: Path) -> ModelEntry | None:
+    """The entry with the configuration of its weights as source, as far as it is known here."""
+    source = entry.source
+    if isinstance(source, ConfigSource):
+        values = dict(source.config)
+    elif isinstance(source, HubSource | FolderSource) and source.form in TRACED:
+        try:
+            folder = weights_folder(entry, assets)
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (UserError, OSError, ValueError):
+            return None
+    else:
+        return None
+    for part in (values, values.get("text_config", {})):
+        part |= {n: entry.dropout for n in DROPOUTS if n in part and entry.dropout is not None}
+    held = {name: getattr(source, name) for name in Held.model_fields}
+    config = ConfigSource(kind="config", config=values, **held)
+    return entry.model_copy(update={"source": config})
+
+
 def _measure(
-    plan: Plan, model: str, task: str, method: str, device: torch.device
+    plan: Plan, model: str, task: str, method: str, device: torch.device, timed: bool
 ) -> dict[str, Any]:
     budgets = [c.budget for c in plan.cells() if (c.model, c.task) == (model, task)]
     budget = next(iter(budgets or plan.catalog.budgets))
     spec = plan.spec(Cell(model, task, method, budget), seed=0)
     data = load_prepared(prepare(plan, model, task))
     assets = plan.study.paths.cache / "assets"
-    module = build_model(spec.model, len(data.names), assets, 0, data.width)
+    module = build_model(spec.model, len(data.names), assets, 0, data.width, device)
     run = Run(spec, module, data, device, assets=assets)
     (batch, *_), estimator = run.batches(), run.estimator
     run.step([batch] * len(estimator.passes(0)), Key(0, 0), StepCost(0, 1.0, 0))  # fills all state
     steps = range(1, estimator.cycle + 1)
     batches = {step: [batch] * len(estimator.passes(step)) for step in steps}
     costs = [run.cost_of(run.objective, batches[step], Key(0, step)) for step in steps]
-    seconds: dict[int, float] = {}  # by FLOPs: steps that count the same take the same time
+    spent: dict[int, float] = {}  # by FLOPs: steps that count the same take the same time
     for step, cost in zip(steps, costs, strict=True):
-        if cost.flops not in seconds:
-            seconds[cost.flops] = median_seconds(
-                partial(estimator.estimate, run.objective, batches[step], Key(0, step)), device.type
-            )
+        if timed and cost.flops not in spent:
+            once = partial(estimator.estimate, run.objective, batches[step], Key(0, step))
+            spent[cost.flops] = median_seconds(once, device)
+    seconds: dict[str, float | None] = dict(UNTIMED)
+    if timed:
+        seconds = {
+            "seconds": mean(spent[cost.flops] for cost in costs),
+            "forward_seconds": median_seconds(partial(forward_only, run.objective, batch), device),
+        }
     largest = max(costs, key=lambda cost: cost.peak_bytes)
-    forward = median_seconds(lambda: forward_only(run.objective, batch), device.type)
     summary = run.summary(test=False)
     ids = batch.get("input_ids")
     return {
@@ -86,8 +164,7 @@ def _measure(
         "state_bytes": summary.state_bytes,
         "weights_bytes": summary.weights_bytes,
         "d": summary.d,
-        "seconds": mean(seconds[cost.flops] for cost in costs),
-        "forward_seconds": forward,
+        **seconds,
         "batch": spec.task.batch_size,
         "seq": 0 if ids is None else ids.shape[1],
         "device": device.type,

@@ -7,37 +7,44 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import Any
 
 import torch
 
 from costbp.assets.fetch import commits
+from costbp.config.costs import card_bytes
 from costbp.config.study import Cell, Plan, RunSpec
 from costbp.console import say
 from costbp.errors import UserError
 from costbp.estimators import build_estimator
 from costbp.files import atomic, lock, write_json
+from costbp.measure.device import free, memory_of, name_of, out_of_memory
 from costbp.measure.step import CostCounter
 from costbp.models.build import build_model
-from costbp.models.prepare import Prepared, load_prepared, prepare
-from costbp.train.devices import device_slot
+from costbp.models.prepare import load_prepared, prepare
+from costbp.train.cost import traced_cost
+from costbp.train.devices import device_slot, largest_memory
 from costbp.train.loop import Interrupted, Run
 from costbp.train.loop import Progress as Step
 from costbp.train.progress import watching
 from costbp.train.record import (
     CHECKPOINT,
+    UNFIT,
     Outcome,
     Record,
+    Row,
+    Summary,
     environment,
     read_record,
     write_run,
 )
 
 CHECKPOINT_SECONDS = 20.0
-NONE: Mapping[str, str] = MappingProxyType({})
+MEMORY = "device bytes"  # in a record's environment: what the run might take
 
 
 class Stop:
@@ -65,35 +72,31 @@ def run_specs(
     specs: Sequence[RunSpec],
     *,
     test: bool = True,
+    force: bool = False,
     done: Callable[[Record], None] = lambda record: None,
 ) -> list[Record]:
     """Run specs one after the other in this process; what the store holds is not run again.
 
     Args:
         test: score the test split at the end (tuning trials must not).
+        force: start runs although they don't fit by their traced memory.
         done: told of each record, also of those the store already held.
 
     Raises:
         UserError: interrupted (exit code 128 + signal), or a run failed; finished runs are kept.
     """
     records: list[Record] = []
-    data: Prepared | None = None
-    costs: dict[str, CostCounter] = {}
+    session: _Session | None = None
+    force = force or plan.study.start_unfit
     with Stop() as stop, contextlib.ExitStack() as stack:
-        device: torch.device | None = None
         for spec in specs:
             folder = spec.folder(plan.study.paths.store)
             with lock(folder / ".lock"):
-                record = finished(folder)
+                record = finished(folder, _memory(plan, None), force=force)
                 if record is None:
-                    if data is None or device is None:
-                        model, task = spec.cell[:2]
-                        data = load_prepared(prepare(plan, model, task))
-                        slots = plan.study.paths.cache / "devices"
-                        device = stack.enter_context(device_slot(plan.study.device, slots))
-                    one = _build(spec, data, device, plan, costs)
-                    read = commits(spec.assets, plan.study.paths.cache)
-                    record = run(one, folder, stop, test=test, commits=read)
+                    if session is None:
+                        session = _Session(plan, spec, stack.enter_context(_slot(plan)))
+                    record = session.run(spec, folder, stop, test=test, force=force)
             records.append(record)
             done(record)
     failures = [record for record in records if record.outcome == "failed"]
@@ -103,74 +106,148 @@ def run_specs(
     return records
 
 
-def finished(folder: Path) -> Record | None:
-    """The record of a run that needn't be run again; a damaged or failed one is run again."""
+def finished(folder: Path, memory: int | None = None, *, force: bool = False) -> Record | None:
+    """The record of a run that needn't be run again.
+
+    A damaged or failed one is run again; so is one that was too large for a device, if there is
+    more ``memory`` (bytes) now or, where it was not even started, if that is forced.
+    """
     try:
         record = read_record(folder)
     except ValueError as error:
         say(f"warning: {error}; the run is computed again")
         return None
-    return None if record is None or record.outcome == "failed" else record
-
-
-def _build(
-    spec: RunSpec, data: Prepared, device: torch.device, plan: Plan, costs: dict[str, CostCounter]
-) -> Run:
-    assets = plan.study.paths.cache / "assets"
-    module = build_model(spec.model, len(data.names), assets, spec.seed, data.width)
-    counter = costs.setdefault(
-        plan.cost_key(*spec.cell[:3]), CostCounter(build_estimator(spec.method))
-    )
-    return Run(spec, module, data, device, counter, assets)
-
-
-def run(
-    one: Run, folder: Path, stop: Stop, *, test: bool, commits: Mapping[str, str] = NONE
-) -> Record:
-    """Bring a run to its outcome and store it, with the commits of the repositories it read."""
-    spec = one.spec
-    title = f"{'/'.join(spec.cell)} seed {spec.seed}"
-    _resume(one, folder, title)
-    message = ""
-    outcome: Outcome
-    try:
-        with watching(title, folder) as show:
-            outcome, message = one.train(_with_checkpoints(one, folder, stop, show))
-    except Interrupted:
-        raise UserError(
-            f"{title}: interrupted at step {one.state.step}; the next run continues from there",
-            128 + (stop.requested or signal.SIGINT),
-        ) from None
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        outcome, message = "out_of_memory", _first_line(error)
-    except (UserError, ValueError) as error:
-        outcome, message = "failed", _first_line(error)
-    except Exception as error:
-        traceback.print_exc()
-        outcome, message = "failed", f"{type(error).__name__}: {_first_line(error)}"
-    usable = outcome in ("completed", "diverged") and one.objective.finite()
-    record = Record(
-        hash=spec.hash,
-        spec=spec,
-        outcome=outcome,
-        message=message,
-        summary=one.summary(test=test and usable),
-        environment=environment(_name(one.device)) | {f"read {k}": v for k, v in commits.items()},
-        finished=datetime.now(UTC).replace(microsecond=0),
-    )
-    write_run(folder, record, one.state.rows)
-    accuracy = record.summary.test_accuracy
-    shown = "" if accuracy is None else f", test accuracy {accuracy:.3f}"
-    say(f"{title}: {outcome}{shown}{f' ({message})' if message else ''}")
+    if record is None or record.outcome == "failed":
+        return None
+    if record.outcome in UNFIT:
+        then = int(record.environment.get(MEMORY, 0))
+        if (memory is not None and memory > then) or (force and record.outcome == "does_not_fit"):
+            return None
     return record
+
+
+def _slot(plan: Plan) -> contextlib.AbstractContextManager[torch.device]:
+    return device_slot(plan.study.device)
+
+
+def _memory(plan: Plan, device: torch.device | None) -> int | None:
+    """Bytes that a run may take: what the study says, or else the device's own."""
+    if plan.study.resources.memory is not None:
+        return card_bytes(plan.study.resources.memory)
+    return largest_memory(plan.study.device) if device is None else memory_of(device)
+
+
+class _Session:
+    """What runs of one experiment share: the device, the data, and the cost of their steps."""
+
+    def __init__(self, plan: Plan, spec: RunSpec, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.assets = plan.study.paths.cache / "assets"
+        self.data = load_prepared(prepare(plan, *spec.cell[:2]))
+        self.counters: dict[str, CostCounter] = {}
+        self.memory = _memory(plan, device)
+
+    def run(
+        self, spec: RunSpec, folder: Path, stop: Stop, *, test: bool, force: bool = False
+    ) -> Record:
+        """Bring a run to its outcome and store it. Whatever happens leaves the device free."""
+        facts = environment(name_of(self.device)) | {
+            f"read {name}": commit
+            for name, commit in commits(spec.assets, self.plan.study.paths.cache).items()
+        }
+        if self.memory is not None:
+            facts[MEMORY] = str(self.memory)
+        title = f"{'/'.join(spec.cell)} seed {spec.seed}"
+        predicted = self._predicted(spec)
+        needed = None if predicted is None else sum(predicted["peak_by_category"].values())
+        if needed is not None and self.memory is not None and needed > self.memory and not force:
+            ended = Ended("does_not_fit", self._too_large(needed), self._nothing(predicted))
+        else:
+            ended = self._ended(spec, folder, stop, title, test=test)
+        record = Record(
+            hash=spec.hash,
+            spec=spec,
+            outcome=ended.outcome,
+            message=ended.message,
+            summary=ended.summary.model_copy(update={"predicted_bytes": needed}),
+            environment=facts,
+            finished=datetime.now(UTC).replace(microsecond=0),
+        )
+        write_run(folder, record, ended.rows)
+        accuracy = record.summary.test_accuracy
+        shown = "" if accuracy is None else f", test accuracy {accuracy:.3f}"
+        say(f"{title}: {ended.outcome}{shown}{f' ({ended.message})' if ended.message else ''}")
+        return record
+
+    def _ended(self, spec: RunSpec, folder: Path, stop: Stop, title: str, *, test: bool) -> Ended:
+        """A run from its model to its last score; running out of memory is a result at any moment."""
+        run: Run | None = None
+        outcome: Outcome
+        try:
+            run = self._build(spec)
+            _resume(run, folder, title)
+            with watching(title, folder) as show:
+                outcome, message = run.train(_with_checkpoints(run, folder, stop, show))
+            summary = run.summary(test=test and run.objective.finite())
+            return Ended(outcome, message, summary, run.state.rows)
+        except Interrupted:
+            assert run is not None
+            raise UserError(
+                f"{title}: interrupted at step {run.state.step}; the next run continues from there",
+                128 + (stop.requested or signal.SIGINT),
+            ) from None
+        except Exception as error:
+            if run is None and isinstance(error, UserError):
+                raise
+            outcome, message = "failed", _first_line(error)
+            if out_of_memory(error):
+                outcome = "out_of_memory"
+            elif not isinstance(error, UserError | ValueError):
+                traceback.print_exc()
+                message = f"{type(error).__name__}: {message}"
+            summary = self._nothing() if run is None else run.summary(test=False)
+            return Ended(outcome, message, summary, run.state.rows if run else ())
+        finally:
+            run = None
+            free(self.device)
+
+    def _build(self, spec: RunSpec) -> Run:
+        data, device = self.data, self.device
+        module = build_model(
+            spec.model, len(data.names), self.assets, spec.seed, data.width, str(device)
+        )
+        key = self.plan.cost_key(*spec.cell[:3])
+        counter = self.counters.setdefault(key, CostCounter(build_estimator(spec.method)))
+        return Run(spec, module, data, device, counter, self.assets)
+
+    def _predicted(self, spec: RunSpec) -> dict[str, Any] | None:
+        """The traced cost of a step, where there is a memory that it could exceed."""
+        return None if self.memory is None else traced_cost(self.plan, *spec.cell[:3])
+
+    def _nothing(self, predicted: Mapping[str, Any] | None = None) -> Summary:
+        """Figures of a run that never began."""
+        d = int(predicted["d"]) if predicted else 0
+        return Summary(majority=self.data.facts["majority"]["test"], d=d)
+
+    def _too_large(self, needed: int) -> str:
+        return (
+            f"a step needs {needed / 2**30:.2f} GiB by its trace, and the device has "
+            f"{(self.memory or 0) / 2**30:.2f} GiB; start_unfit: true starts it all the same"
+        )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended."""
+
+    outcome: Outcome
+    message: str
+    summary: Summary
+    rows: Sequence[Row] = ()
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _resume(one: Run, folder: Path, title: str) -> None:

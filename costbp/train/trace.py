@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +18,7 @@ from costbp.config.methods import MethodEntry
 from costbp.errors import UserError, suggest
 from costbp.estimators import Estimator, build_estimator
 from costbp.estimators.memory_plans import blocks
+from costbp.measure.device import allocator_peaks, forget_peaks, free
 from costbp.measure.step import (
     CostCounter,
     by_category,
@@ -41,7 +41,7 @@ from costbp.theory.products import SIZES, Shares, products, shares
 from costbp.train.loop import build_optimizer, to_device
 
 DEVICES = ("meta", "cpu", "cuda")
-UNTIMED = {"seconds": None, "forward_seconds": None}
+UNTIMED: dict[str, float | None] = {"seconds": None, "forward_seconds": None}
 CLASSES = 4  # of a classifier where no task says how many: AG News, the study's first task
 
 
@@ -198,21 +198,19 @@ class Bench:
     def _measured(self, estimator: Estimator, data: Batch) -> dict[str, Any]:
         batches = [data] * len(estimator.passes(0))
         step = partial(estimator.estimate, self.objective, batches, Key(0, 0))
+        device = torch.device(self.device)
         seconds = {
-            "seconds": median_seconds(step, self.device),
-            "forward_seconds": median_seconds(
-                partial(forward_only, self.objective, data), self.device
-            ),
+            "seconds": median_seconds(step, device),
+            "forward_seconds": median_seconds(partial(forward_only, self.objective, data), device),
         }
         if self.device == "cpu":
             return seconds
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        free(device)
+        forget_peaks(device)
+        before = torch.cuda.memory_allocated(device)
         step()
-        allocated = torch.cuda.max_memory_allocated() - before
-        reserved = torch.cuda.max_memory_reserved()
+        peak, reserved = allocator_peaks(device)
+        allocated = peak - before
         return seconds | {
             "allocator": {
                 "allocated": allocated,

@@ -34,6 +34,9 @@ rule prepare:
     benchmark:
         LOGS / "prepare" / "{model}-{task}.benchmark.jsonl"
     threads: 1
+    resources:
+        mem_mb=PLAN.study.resources.mem_mb,
+        runtime=PLAN.study.resources.runtime,
     message:
         "encoding {wildcards.task} for {wildcards.model}"
     shell:

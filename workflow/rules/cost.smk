@@ -1,6 +1,6 @@
-# Cost of one step of every method on a (model, task). One process measures all methods, since
-# importing takes longer than measuring; each method's figures are cached, so a new method adds
-# only its own.
+# Cost of one step of every method on a (model, task): traced without weights and without a GPU where
+# the model's configuration is known, else counted on its own batches. One process does all methods,
+# since importing takes longer; each method's figures are cached, so a new method adds only its own.
 
 
 rule cost:
@@ -19,11 +19,11 @@ rule cost:
     threads: 1
     priority: 1
     resources:
-        gpu=PLAN.study.resources.gpu,
+        gpu=lambda wildcards: 0 if PLAN.is_traced(wildcards.model) else PLAN.study.resources.gpu,
         mem_mb=PLAN.study.resources.mem_mb,
         runtime=PLAN.study.resources.runtime,
     message:
-        "measuring the cost of {params.methods} for {wildcards.model} on {wildcards.task}"
+        "counting the cost of {params.methods} for {wildcards.model} on {wildcards.task}"
     shell:
         "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan} --model {wildcards.model}"
         " --task {wildcards.task} --method {params.methods} --out {output} > {log} 2>&1"

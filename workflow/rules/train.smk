@@ -10,6 +10,7 @@ rule train:
     params:
         plan=RESOLVED,
         runs=lambda wildcards: [spec.hash for spec in PLAN.specs(Cell(**wildcards))],
+        start_unfit=PLAN.study.start_unfit,
     log:
         LOGS / "train" / "{model}-{task}-{method}-{budget}.log",
     benchmark:
