@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from costbp.config import load_plan
 from costbp.config.methods import PythonSpec
@@ -21,7 +22,7 @@ from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
 from costbp.objective import Key, Objective
 from tests.conftest import ROOT, Lift64
-from tests.small import reference
+from tests.small import class_loss, examples, reference
 
 KEY = Key(7, 3)
 
@@ -161,6 +162,7 @@ def test_dropout_masks_are_shared_by_both_sides_of_a_difference(monkeypatch):
 
 OWN = """
 import torch
+from torch import nn
 from costbp.estimators import Estimate, Estimator
 
 class Constant(Estimator):
@@ -202,3 +204,33 @@ def test_mistakes_in_a_file_are_one_line(tmp_path, function, words):
     with pytest.raises(UserError, match=words) as caught:
         KINDS[PythonSpec](own(tmp_path, function=function))
     assert "\n" not in str(caught.value) and "own.py" in str(caught.value)
+
+
+class InPlace(nn.Module):
+    """Sums and products of which one part has no tangent, changed in place afterwards; broadcast, and
+    by plain numbers from either side."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+        self.register_buffer("row", torch.randn(3, dtype=torch.float64))
+
+    def forward(self, data):
+        x = data["features"] @ self.weight
+        shifted = x + self.row
+        shifted.mul_(x)  # must leave x's tangent alone
+        scaled = self.row.view(1, 1, 3) * x + 2
+        scaled.add_(1).mul_(2)
+        return (x + 1.5) * (2 * shifted + self.row * scaled[0]) + self.row
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_operators_with_one_tangent_are_exact_and_share_no_memory(count):
+    torch.manual_seed(1)
+    objective = Objective(InPlace(), class_loss)
+    data = examples(5)
+    directions = Gaussian().draw(objective, Key(0, 0), count)
+    _, derivatives = Exact()(objective, data, directions)
+    _, gradient = reference(objective, data)
+    wanted = directions.dense @ gradient
+    assert torch.allclose(derivatives, wanted, rtol=1e-12, atol=1e-14)

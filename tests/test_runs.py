@@ -16,13 +16,16 @@ import pandas as pd
 import pytest
 import torch
 
+from costbp.analysis.frames import Frames
+from costbp.analysis.report import differences
 from costbp.config import Cell, OptimizerSpec, load_plan
 from costbp.errors import UserError
 from costbp.models.build import build_model
 from costbp.models.prepare import load_prepared, prepare
-from costbp.train.devices import device_slot, first_free
+from costbp.train.devices import first_free
 from costbp.train.experiment import Stop, run_specs
 from costbp.train.loop import Run
+from costbp.train.probe import Probe
 from costbp.train.record import RECORD, STEPS, Record, Summary, read_record
 from tests.conftest import working_copy
 
@@ -211,15 +214,47 @@ def test_device_slots_are_distinct(tmp_path):
         assert again == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_asked_for_and_absent(tmp_path):
-    with pytest.raises(UserError, match="no CUDA device"), device_slot("cuda", tmp_path):
-        pass
-
-
 def test_stop_restores_handlers():
     before = signal.getsignal(signal.SIGTERM)
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_records_how_it_took_its_steps(plan):
+    spec = plan.spec(HEAD._replace(method="zo_vanilla"), 0)
+    (record,) = run_specs(plan, [spec])
+    summary = record.summary
+    assert (summary.eps, summary.float32, summary.probe_forwards) == (1e-3, False, 16)
+    assert summary.difference_snr > 1e3 and summary.difference_cosine > 0.999
+    assert summary.learning_rate == spec.optimizer.lr
+    assert summary.forward_units == 2 * summary.steps == 400  # the probe is not charged
+    assert 0 < summary.forward_seconds < summary.step_seconds < summary.seconds
+    assert summary.allocated_bytes is None and summary.predicted_bytes is None
+    (exact,) = run_specs(plan, plan.specs(HEAD)[:1])
+    assert exact.summary.eps is None and exact.summary.difference_snr is None
+
+
+def test_differences_that_are_noise_are_told_in_run_and_report(plan, capsys):
+    spec = plan.spec(HEAD._replace(method="zo_vanilla"), 0)
+    oracle = spec.method.estimator.oracle.model_copy(update={"eps": 1e-9})
+    estimator = spec.method.estimator.model_copy(update={"oracle": oracle})
+    method = spec.method.model_copy(update={"estimator": estimator})
+    (record,) = run_specs(plan, [spec.model_copy(update={"method": method})])
+    assert record.summary.difference_snr <= 1 and record.summary.eps == 1e-9
+    assert "mostly noise: signal to noise" in capsys.readouterr().err
+    names = dict(zip(("model", "method"), ("tiny_head", "zo_vanilla"), strict=True))
+    runs = pd.DataFrame([names | record.summary.figures()])
+    first, noisy = differences(plan, Frames(runs, pd.DataFrame(), pd.DataFrame()))
+    assert "eps 1e-09; 16 forwards a run" in first and "float32" not in first
+    assert "ZO-Vanilla on random 2-layer encoder, head only" in noisy and "mostly noise" in noisy
+
+
+def test_a_resumed_run_keeps_the_step_of_its_differences(plan):
+    spec = plan.spec(HEAD._replace(method="zo_vanilla"), 0)
+    first = prepared_run(plan, spec)
+    first.state.probe = vars(Probe(0.25, True, 0.1, None, 16))
+    second = prepared_run(plan, spec)
+    second.load_state_dict(first.state_dict())
+    assert second.estimator.difference.step == 0.25 and second.estimator.difference.float32

@@ -25,8 +25,7 @@ from costbp.analysis.tables import (
 )
 from costbp.config.study import Plan
 from costbp.files import write_json, write_text
-
-NOISE = 1.0  # signal to noise of a difference below which it is mostly noise
+from costbp.train.record import NOISE
 
 
 def headline(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
@@ -130,7 +129,7 @@ def differences(plan: Plan, frames: Frames) -> list[str]:
             else ""
         )
     ]
-    noisy = probed[probed["difference_snr"] < NOISE]
+    noisy = probed[probed["difference_snr"] <= NOISE]
     for (model, method), runs in noisy.groupby(["model", "method"], sort=False):
         found.append(
             f"{plan.catalog.methods[method].label} on {plan.catalog.models[model].label}: the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,10 +47,12 @@ class Difference(ABC):
 
     Attributes:
         eps: its step; None: ``STEP`` until a probe settles another (``train/probe.py``).
+        batched: whether the perturbed parameter sets of an estimate run as one forward.
         float32: whether losses are computed in float32 on a base that is held in half precision.
     """
 
     eps: float | None = None
+    batched: Literal["auto", "always", "never"] = "auto"
     float32: bool = field(default=False, init=False)
 
     @property

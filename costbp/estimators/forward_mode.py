@@ -28,18 +28,15 @@ from costbp.errors import UserError
 from costbp.estimators.precision import HALF
 from costbp.objective import Batch, Objective, at_work
 
+DUAL = torch._C.DispatchKey.ADInplaceOrView  # the layer of torch that knows tangents
 PACKED = {"weight", "qweight", "packed_weight"}  # names of buffers that hold quantised weights
 
 
 @contextlib.contextmanager
-def floor_rules(*, batched: bool) -> Iterator[None]:
-    """Within the block ``F.linear`` differentiates forward at its floor, whoever calls it by that
-    name. Nothing else is intercepted: a mode that sees every operator costs more Python than a small
-    layer's arithmetic.
-
-    Args:
-        batched: whether tangents are batched by vmap, which knows no ``make_dual`` and so needs
-            the rule as a Function.
+def floor_rules() -> Iterator[None]:
+    """Within the block the operators below differentiate forward at their floor, whoever calls them
+    by these names. Nothing else is intercepted: a mode that sees every operator costs more Python than
+    a small layer's arithmetic.
     """
     linear, layer_norm, attention = F.linear, F.layer_norm, F.scaled_dot_product_attention
 
@@ -47,8 +44,6 @@ def floor_rules(*, batched: bool) -> Iterator[None]:
         of = [None if t is None else fwad.unpack_dual(t).tangent for t in (x, w, b)]
         if of[0] is None and of[1] is None:
             return linear(x, w, b)
-        if batched:
-            return _Linear.apply(x, w, b, tuple(tangent is not None for tangent in of))
         x, w = fwad.unpack_dual(x).primal, fwad.unpack_dual(w).primal
         value = linear(x, w, None if b is None else fwad.unpack_dual(b).primal)
         return fwad.make_dual(value, _linear_tangent(x, w, *of).to(value.dtype))
@@ -57,8 +52,6 @@ def floor_rules(*, batched: bool) -> Iterator[None]:
         result = layer_norm(*args, **kwargs)
         if result.dtype not in HALF:
             return result
-        if batched:
-            return _SameDtype.apply(result)
         primal, tangent = fwad.unpack_dual(result)  # its tangent is float32
         return result if tangent is None else fwad.make_dual(primal, tangent.to(primal.dtype))
 
@@ -66,12 +59,53 @@ def floor_rules(*, batched: bool) -> Iterator[None]:
         _notice_fused_attention()
         return attention(*args, **kwargs)
 
-    with (
-        mock.patch.object(F, "linear", floor_linear),
-        mock.patch.object(F, "layer_norm", same_dtype),
-        mock.patch.object(F, "scaled_dot_product_attention", unfused),
-    ):
+    functions = {"linear": floor_linear, "layer_norm": same_dtype}
+    functions["scaled_dot_product_attention"] = unfused
+    with contextlib.ExitStack() as stack:
+        for name, function in functions.items():
+            stack.enter_context(mock.patch.object(F, name, function))
+        for name, rule in ELEMENTWISE:
+            operator = _one_tangent(getattr(Tensor, name), rule)
+            stack.enter_context(mock.patch.object(Tensor, name, operator))
         yield
+
+
+def _one_tangent(operator: Any, rule: Any) -> Any:
+    """``operator`` of two factors of which one has a tangent. Its stock rule makes a zero tangent for
+    the other and finds the result's shape in Python: some 100 us, which a GPU's kernel takes none
+    of."""
+
+    def run(x: Tensor, y: Any) -> Any:
+        if torch._C._dispatch_tls_is_dispatch_key_excluded(DUAL):  # inside an operator
+            return operator(x, y)
+        of_x, of_y = _tangent(x), _tangent(y)
+        if (of_x is None) == (of_y is None):
+            return operator(x, y)
+        if of_x is None:
+            y = fwad.unpack_dual(y).primal
+        else:
+            x = fwad.unpack_dual(x).primal
+        value = operator(x, y)
+        tangent = rule(operator, x, y, of_x, of_y)
+        return fwad.make_dual(value, tangent.to(value.dtype).expand(value.shape))
+
+    return run
+
+
+def _tangent(value: Any) -> Tensor | None:
+    return fwad.unpack_dual(value).tangent if isinstance(value, Tensor) else None
+
+
+def _of_product(times: Any, x: Any, y: Any, of_x: Tensor | None, of_y: Tensor | None) -> Any:
+    return times(x, of_y) if of_x is None else times(of_x, y)
+
+
+def _of_sum(plus: Any, x: Any, y: Any, of_x: Tensor | None, of_y: Tensor | None) -> Any:
+    tangent: Any = of_y if of_x is None else of_x
+    return tangent.clone()  # the sum may be changed in place
+
+
+ELEMENTWISE = [("__mul__", _of_product), ("__add__", _of_sum)]
 
 
 def _linear_tangent(
@@ -85,45 +119,6 @@ def _linear_tangent(
         parts.append(F.linear(x, of_w.to(x.dtype)))
     tangent = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     return tangent if of_b is None else tangent + of_b.to(tangent.dtype)
-
-
-class _Linear(torch.autograd.Function):
-    """``x @ w.T + b`` with the tangents named by ``live`` (of x, w, b) and no others."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, w: Tensor, b: Tensor | None, live: tuple[bool, bool, bool]) -> Tensor:
-        return F.linear(x, w, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, w, _, ctx.live = inputs
-        # Whatever a tangent doesn't multiply isn't kept.
-        ctx.save_for_forward(x if ctx.live[1] else None, w if ctx.live[0] else None)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        of = (t if live else None for t, live in zip(tangents, ctx.live, strict=False))
-        return _linear_tangent(*ctx.saved_tensors, *of)
-
-
-class _SameDtype(torch.autograd.Function):
-    """Identity whose tangent takes the primal's dtype."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.to(ctx.dtype)
 
 
 def directional_derivatives(
@@ -144,7 +139,7 @@ def directional_derivatives(
 
     try:
         # the fused attention kernel has no forward rule
-        with torch.no_grad(), floor_rules(batched=not one), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), floor_rules(), sdpa_kernel(SDPBackend.MATH):
             if one:
                 return _derivative(objective, batch, tangents[0])
             return _derivatives(objective, batch, tangents)

@@ -149,8 +149,6 @@ class Central(Difference):
     sides. Floor: 2K forward units.
     """
 
-    batched: Batched = "auto"
-
     def __call__(
         self, objective: Objective, batch: Batch, directions: Directions
     ) -> tuple[Tensor, Tensor]:
@@ -169,8 +167,6 @@ class OneSided(Difference):
     eps/2 times the second derivative along z, plus rounding as ``Central``'s, twice. Floor: 1 + K
     forward units.
     """
-
-    batched: Batched = "auto"
 
     def __call__(
         self, objective: Objective, batch: Batch, directions: Directions

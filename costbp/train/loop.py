@@ -39,7 +39,7 @@ from costbp.objective import Batch, Key, Objective
 from costbp.tasks.base import load_task
 from costbp.tasks.encoded import Split
 from costbp.train.probe import Probe, settle
-from costbp.train.record import Outcome, Summary
+from costbp.train.record import NOISE, Outcome, Summary
 from costbp.train.scores import Scorer, Scores, Scoring, to_device
 
 SMOOTHING = 0.9  # of the training loss that decides on divergence
@@ -263,7 +263,7 @@ class Run:
             state.probe = vars(probe)
             self.cost_of.follow(self.estimator)
             free(device)
-            if probe.snr < 1:
+            if probe.snr <= NOISE:
                 title = "/".join(self.spec.cell)
                 say(
                     f"warning: {title} seed {self.spec.seed}: the differences of this model are mostly "

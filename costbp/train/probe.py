@@ -111,7 +111,7 @@ class _Search:
             eps = _round(start.eps * ratio)
             while best.error > GOOD and LIMITS[0] < eps < LIMITS[1]:
                 found = self.at(eps, start.float32)
-                if found.error > 2 * best.error or (best is start and found.error > best.error):
+                if found.error > 2 * best.error:
                     break
                 best, eps = min(best, found, key=_error), _round(eps * ratio)
             if best is not start:
@@ -130,13 +130,10 @@ class _Search:
 
     def _slopes(self, eps: float, float32: bool) -> Tensor:
         if (eps, float32) not in self.known:
-            before = self.difference.eps, self.difference.float32
-            self.difference.eps, self.difference.float32 = eps, float32
-            try:
-                slopes = self.difference(self.objective, self.batch, self.directions)[1]
-            finally:
-                self.difference.eps, self.difference.float32 = before
-            self.taken += self.difference.forwards(self.directions.count)
+            trial = replace(self.difference, eps=eps, batched="never")  # not every model batches
+            trial.float32 = float32
+            slopes = trial(self.objective, self.batch, self.directions)[1]
+            self.taken += trial.forwards(self.directions.count)
             self.known[eps, float32] = slopes.double()
         return self.known[eps, float32]
 

@@ -32,6 +32,7 @@ RECORD, STEPS, CHECKPOINT, PROGRESS = (
     "checkpoint.pt",
     "progress.json",
 )
+NOISE = 1.0  # signal to noise at which a difference tells nothing
 WHOLE = ("step", "flops")
 COLUMNS = pa.schema(
     [
