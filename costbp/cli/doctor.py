@@ -1,18 +1,22 @@
-"""`costbp doctor`: what a study needs, and what of it is missing here."""
+"""`costbp doctor`: what a study needs and what of it is missing here; whether a GPU computes right."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import NamedTuple
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
 
 from costbp.cli.app import Config, app, ask_hub, load
 from costbp.config.catalog import AssetEntry, AssetSource
 from costbp.config.study import Fetched, Plan
-from costbp.console import table
-from costbp.errors import UserError
+from costbp.console import say, table
+from costbp.errors import UserError, suggest
 
 GIB = 2**30
 Sizes = dict[str, int | UserError | None]
@@ -27,17 +31,123 @@ class Finding(NamedTuple):
 
 
 @app.command()
-def doctor(config: Config = None) -> None:
-    """Tell what a study needs and what is missing: packages, GPU, hub access, disk, downloads."""
+def doctor(
+    config: Config = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Trace what each method of the study needs (minutes).")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Try every method on this device (cuda, cpu) instead; under five minutes."
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="With --device: what was found, to attach to an issue.")
+    ] = Path("reports/doctor.json"),
+) -> None:
+    """Tell what a study needs and what is missing: packages, GPU, hub access, disk, downloads.
+
+    With --memory: the GiB of each method's step, traced without weights. With --device: whether
+    this machine's GPU computes what the CPU does, with random weights and without the hub.
+    """
+    if device is not None:
+        try_device(load(config, None), device, out)
+        return
     ask_hub()
     plan = load(config, None)
     sizes = to_fetch(plan)
-    found = [*packages(plan), device(plan), *downloads(plan, sizes), disk(plan, sizes)]
+    found = [*packages(plan), gpu(plan), *downloads(plan, sizes), disk(plan, sizes)]
     table(f"study {plan.name}", ("needs", "state", ""), found)
+    if memory:
+        show_memory(plan)
     missing = [finding for finding in found if finding.state == "missing"]
     if missing:
         raise UserError(f"study '{plan.name}': {len(missing)} of its needs are not met here", 1)
     print(f"study '{plan.name}' can run here")
+
+
+def show_memory(plan: Plan) -> None:
+    """A table of what each method's step needs, a row a model and shape of batch."""
+    from costbp.train.cost import memory_needs
+
+    rows = []
+    for name, needs in memory_needs(plan):
+        known = {method: size for method, size in needs.items() if size is not None}
+        words = [
+            f"{method} {size / GIB:.2f}" for method, size in sorted(known.items(), key=_second)
+        ]
+        rows.append((name, ", ".join(words) or "not traced: weights and batches decide"))
+        say(f"traced {name}")
+    table("GiB at the peak of a step, weights included", ("model, batch x tokens", "methods"), rows)
+
+
+def _second(pair: tuple[str, int]) -> int:
+    return pair[1]
+
+
+def try_device(plan: Plan, name: str, out: Path) -> None:
+    """Run the checks of a device, show them, and write them down.
+
+    Raises:
+        UserError: there is no such device, or a check failed.
+    """
+    import torch
+
+    from costbp.files import write_text
+    from costbp.measure.device import name_of
+    from costbp.train.devices import device_slot
+    from costbp.train.record import environment
+    from costbp.train.selftest import as_json, checks
+
+    if name not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: {suggest(name, ('cuda', 'cpu'))}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device cuda: {no_cuda()}")
+    with device_slot(name) as device:
+        about = environment(name_of(device)) | {"driver": str(driver()), "cuda": toolkit()}
+        found = []
+        for check in checks(device, plan.catalog.methods):
+            say(f"{check.what}: {check.state}")
+            found.append(check)
+    table(about["device"], ("check", "state", ""), [(c.what, c.state, c.remark) for c in found])
+    write_text(out, as_json(found, about))
+    print(out)
+    if failed := [check.what for check in found if check.state == "failed"]:
+        raise UserError(f"{about['device']}: {len(failed)} checks failed: {', '.join(failed)}", 1)
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver, None where none answers."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split()
+    return lines[0] if not done.returncode and lines else None
+
+
+def toolkit() -> str:
+    """The CUDA that torch was built with, or that it was built without."""
+    import torch
+
+    version: str | None = torch.version.cuda
+    return "none, a CPU build" if version is None else version
+
+
+def no_cuda() -> str:
+    """Why torch sees no GPU, as far as driver and toolkit tell."""
+    found = driver()
+    if found is None:
+        return (
+            f"torch sees no CUDA device, and no NVIDIA driver answers (torch's CUDA: {toolkit()})"
+        )
+    return (
+        f"torch sees no CUDA device: driver {found}, torch's CUDA {toolkit()}. An older driver needs "
+        "an older CUDA build of torch: choose it with PyTorch's installation selector, install it "
+        "first, then this package"
+    )
 
 
 def to_fetch(plan: Plan) -> Sizes:
@@ -68,7 +178,7 @@ def packages(plan: Plan) -> Iterator[Finding]:
         yield Finding(f"package {package}", "ok" if there else "missing", "" if there else remark)
 
 
-def device(plan: Plan) -> Finding:
+def gpu(plan: Plan) -> Finding:
     """The GPU that the study's jobs ask for."""
     import torch
 
@@ -76,11 +186,10 @@ def device(plan: Plan) -> Finding:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         remark = f"{torch.cuda.get_device_name()}, {gib(free)} of {gib(total)} free"
-        return Finding("GPU", "ok", remark)
-    cores = f"{os.cpu_count()} CPU cores"
+        return Finding("GPU", "ok", f"{remark}; driver {driver()}, torch's CUDA {toolkit()}")
     if wanted:
-        return Finding("GPU", "missing", f"torch sees no CUDA device; {cores}")
-    return Finding("GPU", "note", f"none; runs on {cores}")
+        return Finding("GPU", "missing", no_cuda())
+    return Finding("GPU", "note", f"none; runs on {os.cpu_count()} CPU cores")
 
 
 def downloads(plan: Plan, sizes: Sizes) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ configuration is known, else counted on its own batches."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -98,6 +98,25 @@ def traced_cost(plan: Plan, model: str, task: str, method: str) -> dict[str, Any
             return None
         write_json(path, known)
     return known
+
+
+def memory_needs(plan: Plan) -> Iterator[tuple[str, dict[str, int | None]]]:
+    """Bytes at the peak of each method's step, weights included, for every model and shape of batch
+    of a study; None where it isn't traced. Tasks of one shape and as many classes are one row."""
+    shapes: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+    for model, task in plan.pairs():
+        data = plan.catalog.tasks[task]
+        classes = len(load_task(data.loader).names)
+        shapes.setdefault((model, data.batch_size, data.max_length, classes), []).append(
+            (model, task)
+        )
+    for (model, batch, length, _), pairs in shapes.items():
+        tasks = ", ".join(task for _, task in pairs)
+        found: dict[str, int | None] = {}
+        for method in plan.pairs()[pairs[0]]:
+            entry = traced_cost(plan, *pairs[0], method)
+            found[method] = None if entry is None else sum(entry["peak_by_category"].values())
+        yield f"{model}, {batch} x {length} ({tasks})", found
 
 
 def traceable(entry: ModelEntry, assets: Path) -> ModelEntry | None:
