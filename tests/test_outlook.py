@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from costbp.config import load_plan
-from costbp.config.catalog import BudgetEntry
+from costbp.config.catalog import BudgetEntry, HubData
 from costbp.config.load import overlaid
 from costbp.errors import UserError
 from costbp.tasks.pairs import check_pairs
@@ -97,3 +101,25 @@ def test_the_papers_study_is_whole():
     assert len({model for model, _ in pairs}) == 9 and len({task for _, task in pairs}) == 7
     assert len(methods) == 15 and all(len(of_pair) == 15 for of_pair in pairs.values())
     assert len(plan.assets()) == 16
+
+
+def test_what_a_gpu_studys_jobs_ask_for(workdir):
+    """Training takes a GPU, tracing and encoding none; encoding gets the study's memory and time."""
+    for file in Path("workflow/rules").glob("*.smk"):  # without a rule's words Snakemake tells all
+        file.write_text(re.sub(r'    message:\n        ".*"\n', "", file.read_text()))
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1"]
+    study = ["--configfile", "config/studies/gpu-demo.yaml"]
+    told = subprocess.run([*command, *study], capture_output=True, text=True, check=True)
+    asked: dict[str, set[str]] = {}
+    for rule, resources in re.findall(r"rule (\w+):.*?resources: ([^\n]+)", told.stdout, re.DOTALL):
+        asked.setdefault(rule, set()).add(resources)
+    (train,), (cost,), (encode,) = asked["train"], asked["cost"], asked["prepare"]
+    assert "gpu=1" in train and "gpu=0" in cost and "gpu" not in encode
+    assert "mem_mb=8000" in encode and "runtime=60" in encode
+
+
+def test_every_data_set_of_the_hub_is_pinned():
+    tasks = load_plan().catalog.tasks
+    pins = {name: t.data.revision for name, t in tasks.items() if isinstance(t.data, HubData)}
+    assert {"vqav2", "textvqa"} < set(pins)
+    assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision in pins.values()), pins

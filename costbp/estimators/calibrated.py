@@ -68,7 +68,7 @@ class Calibrated(Source):
         counts = [0] * len(derivatives)
         for name, (start, stop, _) in objective.slices.items():
             counts[group_of[name]] += stop - start
-        sizes = torch.tensor(counts, dtype=derivatives.dtype, device=derivatives.device)
+        sizes = torch.tensor(counts).to(derivatives, non_blocking=True)  # no waiting for the device
         size = derivatives.square().mean(1).sqrt()
         floor = size.max().clamp_min(torch.finfo(size.dtype).tiny)
         variances = sizes.sqrt() / torch.maximum(size, floor / LIMIT**2)

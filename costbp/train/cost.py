@@ -102,11 +102,13 @@ def traced_cost(plan: Plan, model: str, task: str, method: str) -> dict[str, Any
 
 def memory_needs(plan: Plan) -> Iterator[tuple[str, dict[str, int | None]]]:
     """Bytes at the peak of each method's step, weights included, for every model and shape of batch
-    of a study; None where it isn't traced. Tasks of one shape and as many classes are one row."""
+    of a study; None where it isn't traced. Tasks of one shape (and, for classifiers, as many classes)
+    are one row."""
     shapes: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
     for model, task in plan.pairs():
         data = plan.catalog.tasks[task]
-        classes = len(load_task(data.loader).names)
+        classifies = plan.catalog.models[model].source.form == "classifier"
+        classes = len(load_task(data.loader).names) if classifies else 0
         shapes.setdefault((model, data.batch_size, data.max_length, classes), []).append(
             (model, task)
         )
