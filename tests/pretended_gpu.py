@@ -8,6 +8,7 @@ wait for a device; each device has random numbers and an allocator of its own. B
 ``install`` can't be undone, and has to come before the first backward pass of a process, in which
 torch starts its devices' threads: so tests of it run in a process of their own. torch gives them to
 ``gpu:0`` alone; backward passes on ``gpu:1`` need ``torch.autograd.set_multithreading_enabled(False)``.
+An error in what a backward pass computes again (a checkpoint's forward) ends the process.
 """
 
 from __future__ import annotations
