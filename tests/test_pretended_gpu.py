@@ -272,7 +272,6 @@ def half_way(plan, method, path) -> Run:
 
 
 @apart
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="AdamW counts steps on the device")
 @pytest.mark.parametrize("method", ["bp_checkpointing", "zo_adam"])
 def test_a_run_that_continues_waits_once(plan, method, tmp_path):
     waits = waits_of(half_way(plan, method, tmp_path / "checkpoint.pt"))

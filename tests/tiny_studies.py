@@ -4,7 +4,6 @@ workflow's rules run one after the other in this process, which starts no progra
 from __future__ import annotations
 
 import gc
-import importlib
 import itertools
 import json
 import os
@@ -38,7 +37,6 @@ SHIPPED = {"laptop": Path("config/config.yaml")} | {
 TASK = {"batch_size": 2, "train": 12, "validation": 6, "test": 8}
 UNITS = 26  # every method takes a step: the dearest, of SVRG, is ten estimates of 2.4 units
 SHORTER = {"source.config.num_hidden_layers": [1, 2]}
-IMPORTED = ("peft", "torch._dynamo", "costbp.analysis.figures")  # by jobs, when they need it
 COMMAND = re.compile(r"^Shell command: (.*costbp .*)$", re.MULTILINE)
 
 
@@ -134,16 +132,17 @@ def snakemake(*words: str) -> str:
 
 def run_jobs(*words: str, without: tuple[str, ...] = ()) -> None:
     """Run what Snakemake would run, in its order, but for some commands."""
-    for name in IMPORTED:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # each run ends with a collection, which would look at all that libraries hold
+    begun = set()
     for line in COMMAND.findall(snakemake("-n", "-p", *words)):
         inside = itertools.dropwhile(lambda word: word != "costbp", shlex.split(line))
         command = list(itertools.takewhile(lambda word: word not in (">", "2>&1"), inside))[1:]
         if command[0] in without:
             continue
         app(command, standalone_mode=False)
+        if command[0] not in begun:
+            begun.add(command[0])
+            gc.collect()
+            gc.freeze()  # a run ends with a collection, which needn't look at what was imported
         if "--out" in command:
             assert Path(command[command.index("--out") + 1]).is_file(), command
 

@@ -182,7 +182,7 @@ class _Session:
     def _ended(self, spec: RunSpec, folder: Path, stop: Stop, title: str, *, test: bool) -> Ended:
         """A run from its model to its last score; running out of memory is a result at any moment."""
         run: Run | None = None
-        outcome: Outcome
+        outcome: Outcome = "failed"
         try:
             run = self._build(spec)
             _resume(run, folder, title)
@@ -209,7 +209,8 @@ class _Session:
             return Ended(outcome, message, summary, run.state.rows if run else ())
         finally:
             run = None
-            free(self.device)
+            if outcome == "out_of_memory" or self.device.type != "cpu":
+                free(self.device)
 
     def _build(self, spec: RunSpec) -> Run:
         data, device = self.data, self.device

@@ -171,6 +171,9 @@ class Run:
             raise ValueError("the checkpoint belongs to another run")
         self.objective.theta.copy_(saved["theta"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        for moments in self.optimizer.state.values():  # read at each step: the host's
+            if "step" in moments:
+                moments["step"] = moments["step"].cpu()
         self.estimator.load_state_dict(saved["estimator"])
         self.state = State(**saved["state"])
         self.state.resumed += 1
