@@ -34,7 +34,7 @@ from tests.fetched_models import SIZES
 SHIPPED = {"laptop": Path("config/config.yaml")} | {
     path.stem: path.relative_to(ROOT) for path in sorted((ROOT / "config/studies").glob("*.yaml"))
 }
-TASK = {"batch_size": 2, "train": 12, "validation": 6, "test": 8}
+TASK = {"batch_size": 2, "train": 12, "validation": 4, "test": 5}
 UNITS = 26  # every method takes a step: the dearest, of SVRG, is ten estimates of 2.4 units
 SHORTER = {"source.config.num_hidden_layers": [1, 2]}
 COMMAND = re.compile(r"^Shell command: (.*costbp .*)$", re.MULTILINE)

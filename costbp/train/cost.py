@@ -20,6 +20,7 @@ from costbp.config.catalog import (
     HubSource,
     ModelEntry,
 )
+from costbp.config.entries import short_hash
 from costbp.config.study import Cell, Plan
 from costbp.console import say
 from costbp.errors import UserError
@@ -88,7 +89,7 @@ def traced_cost(plan: Plan, model: str, task: str, method: str) -> dict[str, Any
     if known is None:
         data = plan.catalog.tasks[task]
         try:
-            bench = Bench(entry, "meta", len(load_task(data.loader).names) or CLASSES)
+            bench = _bench(entry, len(load_task(data.loader).names) or CLASSES)
             given = plan.catalog.methods[method], data.batch_size, data.max_length
             known = {**bench.cost(method, *given), "model": model, "task": task}
         except UserError as error:
@@ -98,6 +99,18 @@ def traced_cost(plan: Plan, model: str, task: str, method: str) -> dict[str, Any
             return None
         write_json(path, known)
     return known
+
+
+_BENCHES: dict[str, Bench] = {}
+
+
+def _bench(entry: ModelEntry, classes: int) -> Bench:
+    """The last bench: a pair's methods are traced one after the other on one model."""
+    key = short_hash([entry.identity(), classes])
+    if key not in _BENCHES:
+        _BENCHES.clear()
+        _BENCHES[key] = Bench(entry, "meta", classes)
+    return _BENCHES[key]
 
 
 def memory_needs(plan: Plan) -> Iterator[tuple[str, dict[str, int | None]]]:
