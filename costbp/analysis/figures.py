@@ -172,6 +172,7 @@ def curve(plan: Plan, frames: Frames, x: str, y: str, x_label: str, y_label: str
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=8))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.tick_params(axis="x", labelsize=9)
         axis.xaxis.set_minor_formatter(NullFormatter())
 
     frame = _labelled(plan, frames.curves)

@@ -119,7 +119,7 @@ def differences(plan: Plan, frames: Frames) -> list[str]:
     steps = sorted({f"{eps:g}" for eps in probed["eps"]}, key=float)
     wide = probed["float32"].astype(bool).sum()
     found = [
-        f"Steps of differences were settled before each run by a probe on its first batch (eps "
+        f"Steps of differences were probed before each run on its first batch (eps "
         f"{', '.join(steps)}; {probed['probe_forwards'].mean():.0f} forwards a run on average, "
         "recorded and not charged to the budget)."
         + (

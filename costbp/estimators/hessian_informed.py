@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from costbp.estimators.base import Difference, Estimate, Estimator, wide_dtype
-from costbp.estimators.directions import Directions, Gaussian, Part, Source, independent
+from costbp.estimators.directions import Directions, Part, independent
 from costbp.estimators.oracles import Central, losses_at, plain_loss
 from costbp.estimators.precision import computing_in
 from costbp.objective import Batch, Key, Objective
@@ -34,7 +33,6 @@ class HessianInformed(Estimator):
     """
 
     how: Central
-    source: ClassVar[Source] = Gaussian()
     smoothing: float
     limit: float = 1e3
     inverse: Tensor | None = field(default=None, init=False)

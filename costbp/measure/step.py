@@ -17,6 +17,8 @@ from costbp.measure.device import synchronise
 from costbp.measure.meter import Meter
 from costbp.objective import Batch, Key, Objective
 
+WARM_UP = 3  # steps of a kind whose time isn't typical
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -144,6 +146,18 @@ class CostCounter:
             fresh.estimate(objective, [batch], replace(key, step=0))
             self._begun = fresh
         return copy.deepcopy(self._begun)
+
+
+def typical_seconds(estimator: Estimator, spans: Sequence[float]) -> float | None:
+    """A typical optimiser step of a run whose steps took ``spans``: each kind of step (of SVRG, of
+    calibrations) by its median after the first few, kinds by how often they occur. None without
+    any step."""
+    kinds: dict[Any, list[float]] = {}
+    for step, span in enumerate(spans):
+        kind = (estimator.passes(step), estimator.per_batch.phase(step))
+        kinds.setdefault(kind, []).append(span)
+    usual = [(len(s), statistics.median(s[WARM_UP:] or s)) for s in kinds.values()]
+    return sum(count * seconds for count, seconds in usual) / len(spans) if spans else None
 
 
 def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:

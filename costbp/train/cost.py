@@ -59,7 +59,8 @@ def measure_costs(
     known = {path: _read(path) for path in paths}
     missing = {p for p, e in known.items() if e is None or (timed and e["seconds"] is None)}
     if missing:
-        with device_slot(plan.study.device) as device:
+        # a job that was to trace has asked for no GPU
+        with device_slot("cpu" if plan.is_traced(model) else plan.study.device) as device:
             for method, path in zip(methods, paths, strict=True):
                 if path in missing:
                     write_json(path, _measure(plan, model, task, method, device, timed))

@@ -95,7 +95,9 @@ def run_specs(
                 record = finished(folder, _memory(plan, None), force=force)
                 if record is None:
                     if session is None:
-                        session = _Session(plan, spec, stack.enter_context(_slot(plan)))
+                        session = _Session(
+                            plan, spec, stack.enter_context(device_slot(plan.study.device))
+                        )
                     record = session.run(spec, folder, stop, test=test, force=force)
             records.append(record)
             done(record)
@@ -124,10 +126,6 @@ def finished(folder: Path, memory: int | None = None, *, force: bool = False) ->
         if (memory is not None and memory > then) or (force and record.outcome == "does_not_fit"):
             return None
     return record
-
-
-def _slot(plan: Plan) -> contextlib.AbstractContextManager[torch.device]:
-    return device_slot(plan.study.device)
 
 
 def _memory(plan: Plan, device: torch.device | None) -> int | None:

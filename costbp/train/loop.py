@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from costbp.measure.step import (
     forward_only,
     median_seconds,
     resident_bytes,
+    typical_seconds,
 )
 from costbp.models.loss import cross_entropy
 from costbp.models.prepare import Prepared
@@ -43,7 +43,6 @@ from costbp.train.record import NOISE, Outcome, Summary
 from costbp.train.scores import Scorer, Scores, Scoring, to_device
 
 SMOOTHING = 0.9  # of the training loss that decides on divergence
-WARM_UP = 3  # steps of each kind whose time isn't typical
 ALLOCATOR_STEPS = 5  # after these the allocator is asked where a step is larger than all before
 
 
@@ -381,18 +380,9 @@ class Run:
         )
 
     def _step_seconds(self) -> float | None:
-        """A typical step: each kind of step (of SVRG, of calibrations) by its median after the first
-        few, kinds by how often they occur."""
-        ends = [row["seconds"] for row in self.state.rows if "loss" in row]
-        spans = [end - start for start, end in itertools.pairwise([0.0, *ends])]  # type: ignore[operator]
-        kinds: dict[Any, list[float]] = {}
-        for step, span in enumerate(spans):
-            kind = (self.estimator.passes(step), self.estimator.per_batch.phase(step))
-            kinds.setdefault(kind, []).append(span)
-        if not kinds:
-            return None
-        usual = [(len(s), statistics.median(s[WARM_UP:] or s)) for s in kinds.values()]
-        return sum(count * seconds for count, seconds in usual) / len(spans)
+        ends: list[Any] = [row["seconds"] for row in self.state.rows if "loss" in row]
+        spans = [end - start for start, end in itertools.pairwise([0.0, *ends])]
+        return typical_seconds(self.estimator, spans)
 
     def _forward_seconds(self) -> float:
         batch = self.batches()[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from costbp.errors import UserError
 from costbp.estimators.base import Difference, Estimator
-from costbp.estimators.directions import Directions
+from costbp.estimators.directions import Directions, Gaussian, Source
 from costbp.estimators.oracles import Exact
 from costbp.estimators.precision import HALF
 from costbp.measure.device import out_of_memory
@@ -69,7 +69,8 @@ def settle(objective: Objective, estimator: Estimator, batch: Batch, key: Key) -
     if difference is None:
         return None
     key = key.at(PROBE)
-    directions = estimator.per_batch.source.typical(objective, key, DIRECTIONS)  # type: ignore[attr-defined]
+    source: Source = getattr(estimator.per_batch, "source", Gaussian())
+    directions = source.typical(objective, key, DIRECTIONS)
     with objective.noise(key):
         truth = _exact(objective, batch, directions)
         search = _Search(objective, batch, directions, difference, truth)

@@ -17,14 +17,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from costbp.config.catalog import ConfigSource, LoraTraining, ModelEntry
 from costbp.config.methods import MethodEntry
 from costbp.estimators import build_estimator
 from costbp.estimators.memory_plans import PLANS
 from costbp.measure.device import free, out_of_memory
-from costbp.models.full_size import build_full_size, sample_batch, transformers_config
+from costbp.models.families import family_batch, family_source
+from costbp.models.full_size import build_full_size
 from costbp.objective import Batch, Key, Objective
 from costbp.train.loop import build_optimizer
 from costbp.train.probe import settle
@@ -39,24 +40,14 @@ PRECISIONS: Mapping[str, dict[str, Any]] = {
 CLOSE = {"float32": 1e-3, "bfloat16": 0.1, "4 bits": 0.1}  # relative, of the gradient estimates
 NOISY = 1.0  # the same of differences that a base in half precision rounds
 PREDICTED = 0.05  # of the allocator's bytes
-SMALL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-LARGE = SMALL | {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}  # about 1.2 G weights
+SMALL = {"hidden": 64, "layers": 3, "heads": 4, "vocabulary": 256}
+LARGE = {
+    "hidden": 2048,
+    "layers": 16,
+    "heads": 32,
+    "inner": 8192,
+    "vocabulary": 128256,
+}  # 1.5 G weights
 
 
 @dataclass
@@ -100,8 +91,8 @@ def as_json(found: list[Check], about: Mapping[str, str]) -> str:
 # --- methods ---------------------------------------------------------------------------------------
 
 
-def _entry(config: Mapping[str, Any], dropout: float = 0.0, **held: Any) -> ModelEntry:
-    source = ConfigSource(kind="config", form="causal", config=dict(config), **held)
+def _entry(sizes: Mapping[str, int], dropout: float = 0.0, **held: Any) -> ModelEntry:
+    source = family_source("llama", **sizes).model_copy(update=held)
     targets = ("q_proj", "v_proj")
     train = LoraTraining(kind="lora", rank=2, alpha=4, dropout=dropout, targets=targets)
     return ModelEntry(label="random Llama", source=source, train=train)
@@ -112,7 +103,7 @@ def _objective(entry: ModelEntry, device: torch.device) -> tuple[Objective, Batc
     torch.manual_seed(0)
     assert isinstance(entry.source, ConfigSource)
     made = build_full_size(entry.source, entry.train, adapters_at_zero=False)
-    data = sample_batch(transformers_config(entry.source.config), "causal", 4, 24)
+    data = family_batch("llama", 4, 24, SMALL["vocabulary"])
     moved = {name: tensor.to(device) for name, tensor in data.items()}
     return Objective(made.module.to(device), made.loss), moved
 
@@ -219,21 +210,9 @@ def _predicted(device: torch.device, methods: Mapping[str, MethodEntry]) -> Chec
     return Check("", state, f"beyond weights: {words}", {"bytes": figures})
 
 
-class _Hungry(nn.Module):
-    """Asks for more memory than any device has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.weight.expand(2**50).contiguous()
-
-
 def _no_room(device: torch.device) -> Check:
     try:
-        with torch.no_grad():
-            _Hungry().to(device)({})
+        torch.empty(2**50, device=device)
     except Exception as error:
         if not out_of_memory(error):
             raise
