@@ -61,7 +61,19 @@ def cosine(estimator, objective, data, against):
     return float(torch.cosine_similarity(found.double(), truth.double(), dim=0))
 
 
-@pytest.mark.parametrize("name", ["zo_vanilla", "fzoo", "hizoo", "zo_sparse", "zo_adaptive"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zo_vanilla",
+        "fzoo",
+        "hizoo",
+        "zo_sparse",
+        "zo_adaptive",
+        "zo_svrg",
+        "zo_accumulate",
+        "zo_sign",
+    ],
+)
 def test_in_float32_the_usual_step_stays(methods, name):
     objective, data = half("llama", torch.float32)
     theta, estimator = objective.theta.clone(), build_estimator(methods[name])

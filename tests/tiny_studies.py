@@ -36,6 +36,8 @@ SHIPPED = {"laptop": Path("config/config.yaml")} | {
 }
 TASK = {"batch_size": 2, "train": 12, "validation": 4, "test": 5}
 UNITS = 26  # every method takes a step: the dearest, of SVRG, is ten estimates of 2.4 units
+SPENT = {"forward_units": UNITS}
+ONE_STEP = {"forward_units": None, "steps": 1}
 SHORTER = {"source.config.num_hidden_layers": [1, 2]}
 COMMAND = re.compile(r"^Shell command: (.*costbp .*)$", re.MULTILINE)
 
@@ -43,7 +45,7 @@ COMMAND = re.compile(r"^Shell command: (.*costbp .*)$", re.MULTILINE)
 # --- what is laid over ---------------------------------------------------------------------------
 
 
-def tiny(study: Path) -> dict[str, Any]:
+def tiny(study: Path, budget: dict[str, Any]) -> dict[str, Any]:
     """What is laid over a shipped study: one seed, small models, tasks and budgets, on the CPU. Its
     models, tasks, methods and points of evaluation stay."""
     given, budgets, tasks = (
@@ -57,7 +59,7 @@ def tiny(study: Path) -> dict[str, Any]:
         "entries": {
             "models": SIZES,
             "tasks": dict.fromkeys(tasks, TASK),
-            "budgets": {name: {"forward_units": UNITS} for name in units},
+            "budgets": dict.fromkeys(units, budget),
         },
         "tuning": {"file": "absent.yaml"},
         "resources": {"gpu": 0},
@@ -82,11 +84,11 @@ def fewer(costs: dict[str, Any]) -> dict[str, Any]:
     return {"sweeps": sweeps, "fits": {"cards": ["1GB"]}}
 
 
-def lay_over(study: str) -> tuple[Plan, list[str]]:
+def lay_over(study: str, budget: dict[str, Any] = SPENT) -> tuple[Plan, list[str]]:
     """The plan of a tiny study, everything it needs fetched, and the options that name it. In a
     working copy."""
     over = Path(f"{study}.tiny.yaml")
-    over.write_text(yaml.safe_dump(tiny(SHIPPED[study])))
+    over.write_text(yaml.safe_dump(tiny(SHIPPED[study], budget)))
     shipped = [] if study == "laptop" else [SHIPPED[study]]
     plan = load_plan([*shipped, over])
     assert list(plan.cells()) == list(load_plan(shipped).cells())
