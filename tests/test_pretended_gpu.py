@@ -180,7 +180,7 @@ def recorded(plan, spec, device, *, test=False):
     """A run's record, and its figures and steps but for times, the process' size, and what the
     allocator tells; the store forgets it."""
     with pytest.MonkeyPatch.context() as patch, Plain() if device == CPU else patch.context():
-        patch.setattr(experiment, "_slot", lambda plan: contextlib.nullcontext(device))
+        patch.setattr(experiment, "device_slot", lambda wanted: contextlib.nullcontext(device))
         (record,) = experiment.run_specs(plan, [spec], test=test)
     folder = spec.folder(plan.study.paths.store)
     rows = [record.summary.figures(), *pq.read_table(folder / STEPS).to_pylist()]
