@@ -9,8 +9,8 @@ from costbp.analysis.captions import CAPTIONS
 from costbp.config import Cell, load_plan
 from costbp.errors import UserError
 from costbp.files import write_text
-from costbp.tasks.pairs import check_pairs
-from costbp.theory.budget import told
+from costbp.data.pairs import check_pairs
+from costbp.cost.outlook import told
 
 
 configfile: "config/config.yaml"

@@ -19,12 +19,12 @@ from costbp.console import say
 from costbp.errors import UserError
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.oracles import Central, Exact
+from costbp.estimators.probe import settle
 from costbp.estimators.projected import Projected
 from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
 from costbp.models.weights import load_tokenizer
 from costbp.objective import Batch, Key, Objective
-from costbp.train.probe import settle
 
 STUDY = Path("config/studies/standins.yaml")
 ADAPTERS = {"r=4, alpha=16": (4, 16), "r=1, alpha=1": (1, 1)}

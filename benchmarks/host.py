@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 
 from costbp.config.load import load_plan
+from costbp.cost.step import forward_only
 from costbp.estimators import build_estimator
-from costbp.measure.step import forward_only
 from costbp.models.families import family_batch, family_objective
 from costbp.objective import Key
 

@@ -19,8 +19,8 @@ import torch
 
 from costbp.config.load import load_plan, overlaid
 from costbp.console import say
+from costbp.cost.trace import Bench
 from costbp.errors import UserError
-from costbp.train.trace import Bench
 
 METHODS = ("bp_vanilla", "bp_checkpointing", "fmad_vanilla", "zo_vanilla")
 MODELS = ("llama_3_1_8b", "qwen2_vl_7b")

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from costbp.device_pool import LOCKS, device_slot, visible
 from costbp.errors import UserError
-from costbp.train.devices import LOCKS, device_slot, visible
 from tests.conftest import ROOT
 
 MACHINE = ["aa", "bb", "cc", "dd"]  # UUIDs of its GPUs, by the driver's numbers
@@ -106,7 +106,7 @@ def test_locks_lie_in_one_place_a_machine(monkeypatch):
 JOB = """
 import json, sys, time, pytest, torch
 from pathlib import Path
-from costbp.train.devices import device_slot, visible
+from costbp.device_pool import device_slot, visible
 from tests.test_devices import Driver
 Driver().install(pytest.MonkeyPatch())
 with device_slot("auto", Path(sys.argv[1])) as device:

@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 from costbp.cli import app
 from costbp.config import Cell, MethodEntry, load_plan
 from costbp.config.load import task_modules
+from costbp.cost.units import forward_units
+from costbp.data.prepare import _packed
+from costbp.data.splits import SPLITS
 from costbp.errors import UserError
 from costbp.estimators import build_estimator
 from costbp.models.build import Head
 from costbp.models.loss import cross_entropy
-from costbp.models.prepare import _packed
 from costbp.objective import Key, Objective
 from costbp.tasks import docstrings
 from costbp.tasks.base import Example
-from costbp.tasks.splits import SPLITS
-from costbp.theory.cost import forward_units
 from costbp.theory.variance import relative_error
 from costbp.train.record import read_record
 from tests.conftest import ROOT

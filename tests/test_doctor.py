@@ -114,7 +114,7 @@ def test_a_check_that_breaks_is_a_failed_one(monkeypatch, workdir):
 
 def test_memory_is_told_by_model_and_shape(workdir, capsys, monkeypatch):
     monkeypatch.setattr(
-        "costbp.train.cost.traced_cost",
+        "costbp.cost.measured.traced_cost",
         lambda plan, model, task, method: (
             {"peak_by_category": {"weights": 2**30, "temporary": 2**29}}
             if "demo" in plan.name

@@ -14,7 +14,7 @@ from costbp.estimators.hessian_informed import HessianInformed
 from costbp.estimators.memory_plans import PLANS, ByteBudget, blocks
 from costbp.estimators.oracles import Central, Exact, OneSided
 from costbp.estimators.projected import Projected
-from costbp.measure.meter import Meter
+from costbp.meter import Meter
 from costbp.models.families import FAMILIES
 from costbp.models.loss import cross_entropy
 from costbp.objective import Key, Objective

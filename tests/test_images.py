@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from costbp.config.catalog import LocalData, TaskEntry
+from costbp.data.images import ImageTokens, open_image, store_images
+from costbp.data.sources import read_examples
 from costbp.errors import UserError
-from costbp.models.images import ImageTokens, open_image, store_images
-from costbp.tasks.base import Example
-from costbp.tasks.sources import encoded_image, read_examples
+from costbp.tasks.base import Example, encoded_image
 
 COUNT, SIDE = 40, 200
 

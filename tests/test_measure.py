@@ -10,6 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from costbp.config import load_plan
+from costbp.cost.step import CostCounter
+from costbp.cost.units import forward_units
 from costbp.estimators import build_estimator
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.directions import Gaussian
@@ -17,12 +19,10 @@ from costbp.estimators.memory_plans import PLANS, blocks
 from costbp.estimators.oracles import Central
 from costbp.estimators.projected import Projected
 from costbp.estimators.variance import Accumulate
-from costbp.measure.meter import Meter
-from costbp.measure.step import CostCounter
+from costbp.meter import Meter
 from costbp.models.build import Head, build_model
 from costbp.models.loss import cross_entropy
 from costbp.objective import Key, Objective
-from costbp.theory.cost import forward_units
 from tests.conftest import ROOT
 
 UNITS = {  # products of one linear layer whose input needs no gradient, by step

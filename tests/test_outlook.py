@@ -13,10 +13,10 @@ import pytest
 from costbp.config import load_plan
 from costbp.config.catalog import BudgetEntry, HubData
 from costbp.config.load import overlaid
+from costbp.cost.outlook import outlook, told
+from costbp.cost.trace import Bench
+from costbp.data.pairs import check_pairs
 from costbp.errors import UserError
-from costbp.tasks.pairs import check_pairs
-from costbp.theory.budget import outlook, told
-from costbp.train.trace import Bench
 from tests.conftest import ROOT
 
 STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))

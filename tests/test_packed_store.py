@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from costbp.config import load_plan
 from costbp.config.catalog import FolderSource, HeadTraining, LocalData, ModelEntry, TaskEntry
+from costbp.data.prepare import prepare
 from costbp.errors import UserError
 from costbp.models import packed_formats, quantised
 from costbp.models.build import build_model
 from costbp.models.families import family_source
 from costbp.models.full_size import transformers_config
 from costbp.models.packed_formats import Nf4Linear
-from costbp.models.prepare import prepare
 from costbp.models.quantised import PackedLinear, QuantisedLinear, replace_packed
 from costbp.models.trainable import HEADS
 from costbp.models.weights import CLASSES, load_base

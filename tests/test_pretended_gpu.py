@@ -27,20 +27,20 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from costbp import device as measured
 from costbp.config import Cell, load_plan
 from costbp.config.load import overlaid
+from costbp.data.prepare import load_prepared, prepare
 from costbp.errors import UserError
 from costbp.estimators import Estimate, build_estimator, calibrated, directions, segments
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.memory_plans import PLANS
-from costbp.measure import device as measured
 from costbp.models.build import build_model
 from costbp.models.families import FAMILIES, family_batch, family_objective
-from costbp.models.prepare import load_prepared, prepare
 from costbp.objective import Batch, Key, Objective
 from costbp.tasks import docstrings, encoded
 from costbp.train import experiment
-from costbp.train.loop import Run, build_optimizer
+from costbp.train.loop import Run
 from costbp.train.record import STEPS
 from tests.conftest import ROOT, working_copy
 from tests.pretended_gpu import BYTES, Mixed, backend, install
@@ -116,7 +116,7 @@ def moved(family: str, device: torch.device, **options: Any) -> tuple[Objective,
 def three_steps(objective: Objective, batch: Batch, method: Any) -> tuple[list[Any], list[str]]:
     """Figures and theta after each step; and where the host waited for a device."""
     estimator = build_estimator(method)
-    optimizer = build_optimizer(objective.theta, method.optimizer)
+    optimizer = method.optimizer.build(objective.theta)
     found, waits = [], []
     for step in range(3):
         backend.waits.clear()

@@ -16,12 +16,12 @@ from costbp.estimators import build_estimator
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.oracles import Central, Exact, OneSided, _moving, _one, losses_at
 from costbp.estimators.precision import float32_products
+from costbp.estimators.probe import GOOD, settle
 from costbp.estimators.projected import Projected
 from costbp.models.families import FAMILIES, family_batch, family_objective, family_source
 from costbp.models.full_size import build_full_size
 from costbp.models.quantised import PackedLinear
 from costbp.objective import Key, Objective
-from costbp.train.probe import GOOD, settle
 from costbp.train.record import NOISE
 from tests.conftest import ROOT
 from tests.small import class_loss, examples

@@ -19,13 +19,13 @@ import torch
 from costbp.analysis.frames import Frames
 from costbp.analysis.report import differences
 from costbp.config import Cell, OptimizerSpec, load_plan
+from costbp.data.prepare import load_prepared, prepare
+from costbp.device_pool import first_free
 from costbp.errors import UserError
+from costbp.estimators.probe import Probe
 from costbp.models.build import build_model
-from costbp.models.prepare import load_prepared, prepare
-from costbp.train.devices import first_free
 from costbp.train.experiment import Stop, run_specs
 from costbp.train.loop import Run
-from costbp.train.probe import Probe
 from costbp.train.record import RECORD, STEPS, Record, Summary, read_record
 from tests.conftest import working_copy
 

@@ -9,11 +9,11 @@ import pytest
 
 from costbp.config.catalog import HubData, LocalData, TaskEntry
 from costbp.config.load import load_plan
+from costbp.data.prepare import load_prepared, prepare
+from costbp.data.sources import read_examples
+from costbp.data.splits import split
 from costbp.errors import UserError
-from costbp.models.prepare import load_prepared, prepare
 from costbp.models.tokenizer import Pretrained
-from costbp.tasks.sources import read_examples
-from costbp.tasks.splits import split
 
 ROWS = [{"text": f"item {i}", "label": i % 4} for i in range(80)]
 

@@ -12,10 +12,10 @@ import torch
 from costbp.config import Cell, load_plan
 from costbp.config.load import overlaid
 from costbp.config.study import Plan
-from costbp.measure.step import StepCost
+from costbp.cost.step import StepCost
+from costbp.data.encode import Prompter, encode
+from costbp.data.prepare import Prepared, load_prepared, prepare
 from costbp.models.build import build_model
-from costbp.models.encode import Prompter, encode
-from costbp.models.prepare import Prepared, load_prepared, prepare
 from costbp.models.tokenizer import Bytes
 from costbp.objective import Key
 from costbp.tasks import easy_vqa, gsm8k, multirc

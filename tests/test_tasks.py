@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 
 from costbp.config import load_plan
 from costbp.config.catalog import HubData, Partition
+from costbp.data.encoded import Split, padded
+from costbp.data.prepare import load_prepared, prepare
+from costbp.data.splits import distinct, split
 from costbp.errors import UserError
 from costbp.models.loss import IGNORED
-from costbp.models.prepare import load_prepared, prepare
 from costbp.models.tokenizer import Bytes, Hashed
 from costbp.tasks import movie_reviews, trec
-from costbp.tasks.base import POOL, Example, named
-from costbp.tasks.encoded import Split, padded
-from costbp.tasks.sources import encoded_image
-from costbp.tasks.splits import distinct, split
+from costbp.tasks.base import POOL, Example, encoded_image, named
 from costbp.train.loop import BatchStream
 
 

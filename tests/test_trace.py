@@ -8,12 +8,12 @@ from torch import nn
 
 from costbp.config.catalog import FullTraining, ModelEntry
 from costbp.config.load import overlaid
+from costbp.cost.memory import peak_bytes
+from costbp.cost.trace import Bench
+from costbp.cost.weightless import META, MissingNumbersError, weightless
 from costbp.errors import UserError
-from costbp.measure.meter import Meter, counted
-from costbp.measure.weightless import META, MissingNumbersError, weightless
+from costbp.meter import Meter, counted
 from costbp.models.families import CLASSIFIERS, FAMILIES, family_source
-from costbp.theory.memory import peak_bytes
-from costbp.train.trace import Bench
 from tests.entries import METHODS, lora, small
 
 # parameters: as the models' cards and papers count them (encoders with the study's head of 4

@@ -11,17 +11,17 @@ import pytest
 import torch
 import yaml
 
+from costbp import device
 from costbp.analysis import frames
 from costbp.analysis.figures import write as draw
 from costbp.analysis.report import unusual, write_claims, write_page
 from costbp.analysis.tables import write as tabulate
 from costbp.config import Cell, load_plan
+from costbp.cost.measured import traced_cost
+from costbp.data.prepare import prepare
 from costbp.estimators.projected import Projected
 from costbp.files import write_json
-from costbp.measure import device
-from costbp.models.prepare import prepare
 from costbp.train import experiment
-from costbp.train.cost import traced_cost
 from costbp.train.experiment import run_specs
 from costbp.train.loop import Run
 from costbp.train.record import read_record

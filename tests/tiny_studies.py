@@ -25,8 +25,8 @@ from costbp.cli import app
 from costbp.config import load_plan
 from costbp.config.entries import short_hash
 from costbp.config.study import Plan
+from costbp.cost.trace import Bench
 from costbp.tasks import docstrings
-from costbp.train.trace import Bench
 from tests.conftest import ROOT, working_copy
 from tests.fetched import build
 from tests.fetched_models import SIZES

@@ -14,8 +14,8 @@ from costbp import __version__
 from costbp.config.load import load_plan
 from costbp.config.study import Cell, Plan
 from costbp.console import say
+from costbp.data.pairs import check_pairs
 from costbp.errors import UserError, suggest
-from costbp.tasks.pairs import check_pairs
 
 OFFLINE = "HF_HUB_OFFLINE"
 SAID = os.environ.get(OFFLINE)  # what the user says of the hub

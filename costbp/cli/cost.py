@@ -68,8 +68,8 @@ def cost(
     Models with a configuration (the study's nine, or any `config.json`) are traced at full size
     without weights. Models with weights are measured on a task's batches on the CPU.
     """
-    from costbp.train.cost import measure_costs, traceable, write_costs
-    from costbp.train.trace import Bench
+    from costbp.cost.measured import measure_costs, traceable, write_costs
+    from costbp.cost.trace import Bench
 
     study = load(config, plan)
     entry = model_entry(study, model, settings)
@@ -107,7 +107,7 @@ def cost(
 
 def model_entry(study: Plan, name: str, settings: Sequence[str] | None) -> ModelEntry:
     """The entry of a name, or of a configuration file, with ``settings`` laid over it."""
-    from costbp.train.trace import entry_from_config
+    from costbp.cost.trace import entry_from_config
 
     path = Path(name)
     if name not in study.catalog.models and (path.suffix == ".json" or path.is_dir()):
@@ -195,8 +195,8 @@ def fit(
     Without --model: which of the catalog's models each method can train at all. Bytes are those
     of a trace without weights (`costbp cost`); fragmentation is not among them.
     """
-    from costbp.train.fit import Fitting, models_that_fit
-    from costbp.train.trace import Bench
+    from costbp.cost.fit import Fitting, models_that_fit
+    from costbp.cost.trace import Bench
 
     study = load(config, plan)
     names = wanted(study, method)
@@ -227,7 +227,7 @@ def fit(
 
 def show_fits(study: Plan, rows: Sequence[Mapping[str, Any]], limit: int) -> None:
     """What each method can do on one card, and the cheapest backpropagation that fits."""
-    from costbp.train.fit import cheapest_plan
+    from costbp.cost.fit import cheapest_plan
 
     batch, seq = rows[0]["wanted_batch"], rows[0]["seq"]
     words = [
@@ -280,7 +280,7 @@ def sweep(
 ) -> None:
     """Cost against batch, length, rank, depth, directions: one key at a time, without weights."""
     from costbp.analysis.tables import mib
-    from costbp.train.sweep import run_sweep
+    from costbp.cost.sweep import run_sweep
 
     study = load(config, plan)
     entries = list(run_sweep(study, name))

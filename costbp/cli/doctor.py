@@ -69,7 +69,7 @@ def doctor(
 
 def show_memory(plan: Plan) -> None:
     """A table of what each method's step needs, a row a model and shape of batch."""
-    from costbp.train.cost import memory_needs
+    from costbp.cost.measured import memory_needs
 
     rows = []
     for name, needs in memory_needs(plan):
@@ -94,9 +94,9 @@ def try_device(plan: Plan, name: str, out: Path) -> None:
     """
     import torch
 
+    from costbp.device import name_of
+    from costbp.device_pool import device_slot
     from costbp.files import write_text
-    from costbp.measure.device import name_of
-    from costbp.train.devices import device_slot
     from costbp.train.record import environment
     from costbp.train.selftest import as_json, checks
 

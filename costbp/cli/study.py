@@ -56,9 +56,9 @@ def prepare(
     model: Model, task: Task, config: Config = None, plan: Frozen = None, out: Out = None
 ) -> None:
     """Encode the splits of a task for a model: token ids, or features of the frozen encoder."""
+    from costbp.data.prepare import load_prepared
+    from costbp.data.prepare import prepare as encode
     from costbp.files import write_json
-    from costbp.models.prepare import load_prepared
-    from costbp.models.prepare import prepare as encode
 
     study = load(config, plan)
     known(study, "models", model)
@@ -224,7 +224,7 @@ def status(
     every: Annotated[bool, typer.Option("--runs", help="List every run.")] = False,
 ) -> None:
     """Show a study's runs: done, running, waiting, failed, and the time left."""
-    from costbp.status import counts, seconds_left, statuses
+    from costbp.train.status import counts, seconds_left, statuses
 
     study = load(config, plan)
     found = statuses(study)

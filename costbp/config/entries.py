@@ -8,10 +8,17 @@ nothing.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from typing import Any, ClassVar
+import sys
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from costbp.errors import UserError
+
+T = TypeVar("T")
 
 
 class Strict(BaseModel):
@@ -32,6 +39,53 @@ class Entry(Strict):
     def identity(self) -> dict[str, Any]:
         """What a run's hash is made of: the entry without its cosmetic fields."""
         return self.model_dump(mode="json", exclude=self.cosmetic)
+
+
+class PythonFile(Strict):
+    """A part of your own: a function in a file, called with ``options`` as keywords."""
+
+    kind: Literal["python"]
+    file: Path = Field(description="Python file, relative to the working directory.")
+    function: str = Field("build", description="Name of the function that returns the part.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Its keyword arguments.")
+
+    @field_validator("file")
+    @classmethod
+    def _is_a_file(cls, file: Path) -> Path:
+        if not file.is_file():
+            raise ValueError(f"there is no file {file}")
+        return file
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the file: a part whose code has changed is another one."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    def call(self, wanted: type[T], **context: Any) -> T:
+        """What the function returns for its options, and for ``context`` that the caller adds.
+
+        Raises:
+            UserError: the file has no such function, it takes other keywords, or it returns
+                something else than ``wanted``.
+        """
+        found = importlib.util.spec_from_file_location(f"costbp_file_{self.file.stem}", self.file)
+        assert found is not None and found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        sys.modules[found.name] = module  # dataclasses look their module up
+        found.loader.exec_module(module)
+        function = getattr(module, self.function, None)
+        if function is None:
+            raise UserError(f"{self.file}: has no function '{self.function}'")
+        try:
+            part = function(**context, **self.options)
+        except TypeError as error:
+            raise UserError(f"{self.file}: {error}") from error
+        if not isinstance(part, wanted):
+            raise UserError(
+                f"{self.file}: {self.function}() must return a costbp {wanted.__name__}, "
+                f"not {type(part).__name__}"
+            )
+        return part
 
 
 def short_hash(value: Any) -> str:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from costbp.config.entries import Entry, Strict
+from costbp.config.entries import Entry, PythonFile, Strict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 Family = Literal["bp", "fmad", "zo"]
 
@@ -175,26 +177,10 @@ class LocalGuessSpec(Strict):
     oracle: ExactOracle = ExactOracle(kind="exact")
 
 
-class PythonSpec(Strict):
+class PythonSpec(PythonFile):
     """An estimator of your own: a function in a file, called with `options` as keywords."""
 
-    kind: Literal["python"]
-    file: Path = Field(description="Python file, relative to the working directory.")
-    function: str = Field("build", description="Name of the function that returns the estimator.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Its keyword arguments.")
     units: float | None = Field(None, gt=0, description="Forward units expected of a step.")
-
-    @field_validator("file")
-    @classmethod
-    def _there(cls, file: Path) -> Path:
-        if not file.is_file():
-            raise ValueError(f"there is no file {file}")
-        return file
-
-    @property
-    def checksum(self) -> str:
-        """SHA-256 of the file: a changed estimator is another method."""
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()
 
 
 AnyEstimator = Annotated[
@@ -239,6 +225,15 @@ class OptimizerSpec(Strict):
         if self.falls_from is None or d <= self.falls_from:
             return self.lr
         return min(self.lr, max(self.lr * self.falls_from / d, LEAST_RATE))
+
+    def build(self, theta: Tensor) -> Optimizer:
+        """The optimiser, for the flat vector [d]."""
+        import torch
+
+        lr, decay = self.rate(theta.numel()), self.weight_decay
+        if self.name == "adamw":
+            return torch.optim.AdamW([theta], lr=lr, weight_decay=decay)
+        return torch.optim.SGD([theta], lr=lr, momentum=self.momentum, weight_decay=decay)
 
 
 class MethodEntry(Entry):

@@ -6,8 +6,6 @@ direction source or memory plan is one entry of a table here or in its own modul
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +24,6 @@ from costbp.config.methods import (
     PythonSpec,
     SparseDirections,
 )
-from costbp.errors import UserError
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.base import Estimate as Estimate
 from costbp.estimators.base import Estimator as Estimator
@@ -91,38 +88,12 @@ def _projected(spec: ProjectedSpec) -> Projected:
     )
 
 
-def _from_file(spec: PythonSpec) -> Estimator:
-    """The estimator that a user's file builds.
-
-    Raises:
-        UserError: the file has no such function, or that returns something else.
-    """
-    found = importlib.util.spec_from_file_location(f"costbp_file_{spec.file.stem}", spec.file)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # dataclasses look their module up
-    found.loader.exec_module(module)
-    build = getattr(module, spec.function, None)
-    if build is None:
-        raise UserError(f"{spec.file}: has no function '{spec.function}'")
-    try:
-        estimator = build(**spec.options)
-    except TypeError as error:
-        raise UserError(f"{spec.file}: {error}") from error
-    if not isinstance(estimator, Estimator):
-        raise UserError(
-            f"{spec.file}: {spec.function}() must return a costbp.estimators.Estimator, not "
-            f"{type(estimator).__name__}"
-        )
-    return estimator
-
-
 KINDS: dict[type, Callable[[Any], Estimator]] = {
     BackpropSpec: lambda spec: Backprop(_plan(spec)),
     ProjectedSpec: _projected,
     HessianInformedSpec: lambda spec: HessianInformed(Central(spec.eps), spec.smoothing),
     LocalGuessSpec: lambda spec: LocalGuess(_oracle(spec.oracle)),
-    PythonSpec: _from_file,
+    PythonSpec: lambda spec: spec.call(Estimator),
 }
 
 

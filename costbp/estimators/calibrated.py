@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from costbp.estimators.directions import Directions, Part, Probe, Source, independent
-from costbp.measure.meter import counted
+from costbp.meter import counted
 from costbp.objective import Key, Objective
 from costbp.theory.variance import extreme_of_squares
 

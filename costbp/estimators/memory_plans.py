@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 
 from costbp.errors import UserError
 from costbp.estimators.segments import Segment
-from costbp.measure.meter import Meter, counted
+from costbp.meter import Meter, counted
 from costbp.objective import Batch, Objective
 
 MemoryPlan = Callable[[Objective, Batch], contextlib.AbstractContextManager[None]]

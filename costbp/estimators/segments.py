@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from costbp.measure.device import random_state, randomness_from
+from costbp.device import random_state, randomness_from
 
 
 class Segment:

@@ -22,8 +22,8 @@ from costbp.config.catalog import (
     ModelEntry,
     RandomSource,
 )
+from costbp.device import out_of_memory
 from costbp.errors import UserError
-from costbp.measure.device import out_of_memory
 from costbp.models.fusion import CELL
 from costbp.models.packed_store import kept, packed_folder
 from costbp.models.quantised import replace_packed

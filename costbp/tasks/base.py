@@ -6,10 +6,12 @@ business, what a model makes of an example (a class, or text) the model's.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,32 @@ class EncodedImage:
 
     digest: str
     read: Callable[[], bytes] = field(repr=False, compare=False)
+
+
+def encoded_image(value: Any) -> EncodedImage:
+    """The image of a row's value: bytes, a path, ``{bytes, path}`` of ``datasets``, or a function
+    that gives one of these.
+
+    Raises:
+        UserError: no such file, or not an image.
+    """
+    read = partial(_bytes, value)
+    return EncodedImage(hashlib.sha256(read()).hexdigest(), read)
+
+
+def _bytes(value: Any) -> bytes:
+    if callable(value):
+        value = value()
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str | Path):
+        try:
+            value = Path(value).read_bytes()
+        except OSError as error:
+            raise UserError(f"image {value}: {error.strerror}") from None
+    if not isinstance(value, bytes) or not value:
+        raise UserError("no image")
+    return value
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from costbp.tasks.base import Example, Row, Task, named, one_of
-from costbp.tasks.sources import encoded_image
+from costbp.tasks.base import Example, Row, Task, encoded_image, named, one_of
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow")

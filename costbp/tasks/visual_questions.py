@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from costbp.errors import UserError
-from costbp.tasks.base import Example, Metrics, Row, Task
-from costbp.tasks.sources import encoded_image
+from costbp.tasks.base import Example, Metrics, Row, Task, encoded_image
 
 ARTICLES = {"a", "an", "the"}
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

@@ -19,15 +19,15 @@ from costbp.assets.fetch import commits
 from costbp.config.costs import card_bytes
 from costbp.config.study import Cell, Plan, RunSpec
 from costbp.console import say
+from costbp.cost.measured import traced_cost
+from costbp.cost.step import CostCounter
+from costbp.data.prepare import load_prepared, prepare
+from costbp.device import free, memory_of, name_of, out_of_memory
+from costbp.device_pool import device_slot, largest_memory
 from costbp.errors import UserError
 from costbp.estimators import build_estimator
 from costbp.files import atomic, lock, write_json
-from costbp.measure.device import free, memory_of, name_of, out_of_memory
-from costbp.measure.step import CostCounter
 from costbp.models.build import build_model
-from costbp.models.prepare import load_prepared, prepare
-from costbp.train.cost import traced_cost
-from costbp.train.devices import device_slot, largest_memory
 from costbp.train.loop import Interrupted, Run
 from costbp.train.loop import Progress as Step
 from costbp.train.progress import watching

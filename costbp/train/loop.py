@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from costbp.config.methods import OptimizerSpec
 from costbp.config.study import RunSpec
 from costbp.console import say
-from costbp.estimators import build_estimator
-from costbp.measure.device import allocator_peaks, forget_peaks, free, synchronise
-from costbp.measure.step import (
+from costbp.cost.step import (
     CostCounter,
     StepCost,
     forward_only,
@@ -32,15 +29,17 @@ from costbp.measure.step import (
     resident_bytes,
     typical_seconds,
 )
+from costbp.data.encoded import Split
+from costbp.data.prepare import Prepared
+from costbp.device import allocator_peaks, forget_peaks, free, synchronise, to_device
+from costbp.estimators import build_estimator
+from costbp.estimators.probe import Probe, settle
 from costbp.models.loss import cross_entropy
-from costbp.models.prepare import Prepared
 from costbp.models.weights import load_tokenizer
 from costbp.objective import Batch, Key, Objective
 from costbp.tasks.base import load_task
-from costbp.tasks.encoded import Split
-from costbp.train.probe import Probe, settle
 from costbp.train.record import NOISE, Outcome, Summary
-from costbp.train.scores import Scorer, Scores, Scoring, to_device
+from costbp.train.scores import Scorer, Scores, Scoring
 
 SMOOTHING = 0.9  # of the training loss that decides on divergence
 ALLOCATOR_STEPS = 5  # after these the allocator is asked where a step is larger than all before
@@ -48,14 +47,6 @@ ALLOCATOR_STEPS = 5  # after these the allocator is asked where a step is larger
 
 class Interrupted(Exception):
     """The run was asked to stop; its state has been saved."""
-
-
-def build_optimizer(theta: Tensor, spec: OptimizerSpec) -> torch.optim.Optimizer:
-    """A torch optimiser that steps the flat vector."""
-    lr = spec.rate(theta.numel())
-    if spec.name == "adamw":
-        return torch.optim.AdamW([theta], lr=lr, weight_decay=spec.weight_decay)
-    return torch.optim.SGD([theta], lr=lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
 
 
 class BatchStream:
@@ -136,7 +127,7 @@ class Run:
         self.module = module.to(device)
         self.objective = Objective(self.module, cross_entropy)
         self.estimator = build_estimator(spec.method)
-        self.optimizer = build_optimizer(self.objective.theta, spec.optimizer)
+        self.optimizer = spec.optimizer.build(self.objective.theta)
         self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
         self.state = State()
         self.cost_of = costs or CostCounter(self.estimator)

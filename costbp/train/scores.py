@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from costbp.data.encoded import Split, padded
+from costbp.data.prepare import Prepared
+from costbp.device import to_device
 from costbp.models.loss import cross_entropy
-from costbp.models.prepare import Prepared
 from costbp.models.tokenizer import Tokenizer
-from costbp.objective import Batch
 from costbp.tasks.base import Task
-from costbp.tasks.encoded import Split, padded
 
 Scoring = Literal["likelihood", "generation"]
 
@@ -34,14 +34,6 @@ class Scores:
     @property
     def accuracy(self) -> float:
         return self.metrics["accuracy"]
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cpu":
-        return batch
-    if device.type == "cuda":  # copied while the host goes on
-        batch = {name: value.pin_memory() for name, value in batch.items()}
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,14 @@ from torch import Tensor
 
 from costbp.config.catalog import ConfigSource, LoraTraining, ModelEntry
 from costbp.config.methods import MethodEntry
+from costbp.cost.trace import Bench
+from costbp.device import free, out_of_memory
 from costbp.estimators import build_estimator
 from costbp.estimators.memory_plans import PLANS
-from costbp.measure.device import free, out_of_memory
+from costbp.estimators.probe import settle
 from costbp.models.families import family_batch, family_source
 from costbp.models.full_size import build_full_size
 from costbp.objective import Batch, Key, Objective
-from costbp.train.loop import build_optimizer
-from costbp.train.probe import settle
-from costbp.train.trace import Bench
 
 STEPS = 3
 PRECISIONS: Mapping[str, dict[str, Any]] = {
@@ -130,7 +129,7 @@ def _gradients(entry: ModelEntry, method: MethodEntry, device: torch.device, eps
     """Gradient estimates of three steps, and how differences were taken (as given, or settled)."""
     objective, data = _objective(entry, device)
     estimator, found = build_estimator(method), []
-    optimizer = build_optimizer(objective.theta, method.optimizer)
+    optimizer = method.optimizer.build(objective.theta)
     with _drawn_on_cpu():
         if eps is None:
             eps = settle(objective, estimator, data, Key(0, 0))
@@ -229,7 +228,7 @@ def _no_room(device: torch.device) -> Check:
 JOB = """
 import sys, time
 from pathlib import Path
-from costbp.train.devices import device_slot
+from costbp.device_pool import device_slot
 with device_slot("cuda", Path(sys.argv[1])):
     start = time.time(); time.sleep(1); print(start, time.time())
 """

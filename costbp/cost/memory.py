@@ -19,7 +19,7 @@ from costbp.config.methods import (
     PlainDirections,
     ProjectedSpec,
 )
-from costbp.theory.products import Training
+from costbp.cost.products import Training
 
 Step = Literal["backprop", "per_block", "forward", "forward_mode"]
 

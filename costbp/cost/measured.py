@@ -23,19 +23,19 @@ from costbp.config.catalog import (
 from costbp.config.entries import short_hash
 from costbp.config.study import Cell, Plan
 from costbp.console import say
+from costbp.cost.step import StepCost, by_category, forward_only, median_seconds
+from costbp.cost.trace import CLASSES, UNTIMED, Bench
+from costbp.cost.units import forward_units
+from costbp.data.prepare import load_prepared, prepare
+from costbp.device_pool import device_slot
 from costbp.errors import UserError
 from costbp.estimators.memory_plans import blocks
 from costbp.files import write_json
-from costbp.measure.step import StepCost, by_category, forward_only, median_seconds
 from costbp.models.build import build_model
-from costbp.models.prepare import load_prepared, prepare
 from costbp.models.weights import DROPOUTS, weights_folder
 from costbp.objective import Key
 from costbp.tasks.base import load_task
-from costbp.theory.cost import forward_units
-from costbp.train.devices import device_slot
 from costbp.train.loop import Run
-from costbp.train.trace import CLASSES, UNTIMED, Bench
 
 
 def measure_costs(

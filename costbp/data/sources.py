@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from costbp.config.catalog import AssetData, HubData, LocalData, TaskEntry
 from costbp.errors import UserError, suggest
-from costbp.tasks.base import POOL, EncodedImage, Example, Row, Task, load_task
+from costbp.tasks.base import POOL, Example, Row, Task, load_task
 
 IMAGE = "image"  # the column of that name, which is read when it's asked for
 ROWS = 64  # of a parquet file that are in memory at a time
@@ -180,29 +179,3 @@ def _mapped(file: Path, dataset: Any) -> Any:
 def _cell(images: Any, index: int) -> Any:
     """A row's image as its table of one column stores it."""
     return images[index].column(0)[0].as_py()
-
-
-def encoded_image(value: Any) -> EncodedImage:
-    """The image of a row's value: bytes, a path, ``{bytes, path}`` of ``datasets``, or a function
-    that gives one of these.
-
-    Raises:
-        UserError: no such file, or not an image.
-    """
-    read = partial(_bytes, value)
-    return EncodedImage(hashlib.sha256(read()).hexdigest(), read)
-
-
-def _bytes(value: Any) -> bytes:
-    if callable(value):
-        value = value()
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str | Path):
-        try:
-            value = Path(value).read_bytes()
-        except OSError as error:
-            raise UserError(f"image {value}: {error.strerror}") from None
-    if not isinstance(value, bytes) or not value:
-        raise UserError("no image")
-    return value

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from costbp.cost.categories import Categories
+from costbp.device import synchronise
 from costbp.estimators.base import Estimator
-from costbp.measure.categories import Categories
-from costbp.measure.device import synchronise
-from costbp.measure.meter import Meter
+from costbp.meter import Meter
 from costbp.objective import Batch, Key, Objective
 
 WARM_UP = 3  # steps of a kind whose time isn't typical

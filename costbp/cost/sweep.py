@@ -7,8 +7,8 @@ from typing import Any
 
 from costbp.config.load import swept
 from costbp.config.study import Plan
+from costbp.cost.trace import Bench
 from costbp.errors import UserError
-from costbp.train.trace import Bench
 
 
 def run_sweep(plan: Plan, name: str) -> Iterator[dict[str, Any]]:

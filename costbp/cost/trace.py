@@ -15,18 +15,21 @@ import torch
 from costbp.config.catalog import ConfigSource, LoraTraining, ModelEntry
 from costbp.config.load import validate
 from costbp.config.methods import MethodEntry
-from costbp.errors import UserError, suggest
-from costbp.estimators import Estimator, build_estimator
-from costbp.estimators.memory_plans import blocks
-from costbp.measure.device import allocator_peaks, forget_peaks, free
-from costbp.measure.step import (
+from costbp.cost.memory import theory_bytes
+from costbp.cost.products import SIZES, Shares, products, shares
+from costbp.cost.step import (
     CostCounter,
     by_category,
     forward_only,
     median_seconds,
     resident_bytes,
 )
-from costbp.measure.weightless import MissingNumbersError, weightless
+from costbp.cost.units import forward_units
+from costbp.cost.weightless import MissingNumbersError, weightless
+from costbp.device import allocator_peaks, forget_peaks, free, to_device
+from costbp.errors import UserError, suggest
+from costbp.estimators import Estimator, build_estimator
+from costbp.estimators.memory_plans import blocks
 from costbp.models.full_size import (
     build_full_size,
     longest,
@@ -35,10 +38,6 @@ from costbp.models.full_size import (
 )
 from costbp.models.quantised import PackedLinear
 from costbp.objective import Batch, Key, at_work
-from costbp.theory.cost import forward_units
-from costbp.theory.memory import theory_bytes
-from costbp.theory.products import SIZES, Shares, products, shares
-from costbp.train.loop import build_optimizer, to_device
 
 DEVICES = ("meta", "cpu", "cuda")
 UNTIMED: dict[str, float | None] = {"seconds": None, "forward_seconds": None}
@@ -136,7 +135,7 @@ class Bench:
         source = self.entry.source
         assert isinstance(source, ConfigSource)
         estimator = build_estimator(method)
-        optimizer = build_optimizer(self.objective.theta, method.optimizer)
+        optimizer = method.optimizer.build(self.objective.theta)
         with self.there():
             found = self._counted(estimator, optimizer, data)
             timed = timed and self.device != "meta"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from costbp.config.catalog import ModelEntry
+from costbp.data.images import ImageTokens
 from costbp.errors import UserError
-from costbp.models.images import ImageTokens
 from costbp.models.tokenizer import Tokenizer
 from costbp.tasks.base import Example, Task
 

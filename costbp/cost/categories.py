@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from costbp.measure.meter import TEMPORARY, Meter
+from costbp.meter import TEMPORARY, Meter
 from costbp.objective import Batch, Objective
 
 SAVED, TANGENTS, DIRECTIONS, LOGITS = (

@@ -15,12 +15,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from costbp.config.catalog import ModelEntry, RandomSource
+from costbp.data.encoded import Pixels
 from costbp.errors import UserError
 from costbp.files import ensure_folder
 from costbp.models.weights import weights_folder
 from costbp.objective import Batch
 from costbp.tasks.base import EncodedImage, Example
-from costbp.tasks.encoded import Pixels
 
 Settings = dict[str, Any]
 TOWER = {

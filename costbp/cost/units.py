@@ -23,7 +23,7 @@ from costbp.config.methods import (
     ProjectedSpec,
     PythonSpec,
 )
-from costbp.theory.products import Shares
+from costbp.cost.products import Shares
 
 THUMB = Shares()
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from costbp.config.catalog import ConfigSource, ModelEntry, TaskEntry
 from costbp.config.study import Cell, Plan
+from costbp.cost.products import SIZES, Product, products, shares
+from costbp.cost.units import forward_units
 from costbp.tasks.base import load_task
-from costbp.theory.cost import forward_units
-from costbp.theory.products import SIZES, Product, products, shares
 
 
 @dataclass(frozen=True)

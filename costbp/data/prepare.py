@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 
 from costbp.config.catalog import RandomSource
 from costbp.config.study import Plan
+from costbp.data.encode import choices, encode
+from costbp.data.encoded import Split
+from costbp.data.images import image_tokens, pixels_of, processor_settings, store_images
+from costbp.data.pairs import check_pair
+from costbp.data.sources import read_examples
+from costbp.data.splits import SPLITS, split
 from costbp.errors import UserError
 from costbp.files import atomic, lock
 from costbp.models.build import Encoder, features, load_encoder
-from costbp.models.encode import choices, encode
-from costbp.models.images import image_tokens, pixels_of, processor_settings, store_images
 from costbp.models.weights import load_tokenizer, positions, ready_weights
 from costbp.tasks.base import Example, load_task
-from costbp.tasks.encoded import Split
-from costbp.tasks.pairs import check_pair
-from costbp.tasks.sources import read_examples
-from costbp.tasks.splits import SPLITS, split
 
 FEATURE_BATCH = 64
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from costbp.config.methods import BackpropSpec, MethodEntry
 from costbp.config.study import Plan
-from costbp.train.trace import Bench
+from costbp.cost.trace import Bench
 
 STEP = 8  # tokens: the grain in which lengths are searched
 LARGEST = 2**16  # a batch beyond this is no longer a question of memory

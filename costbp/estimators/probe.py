@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from costbp.device import out_of_memory
 from costbp.errors import UserError
 from costbp.estimators.base import Difference, Estimator
 from costbp.estimators.directions import Directions, Gaussian, Source
 from costbp.estimators.oracles import Exact
 from costbp.estimators.precision import HALF
-from costbp.measure.device import out_of_memory
 from costbp.objective import Batch, Key, Objective
 
 DIRECTIONS = 4

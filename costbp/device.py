@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from costbp.objective import Batch
+
 RandomState = tuple[Tensor, Tensor | None]
 HOST = ("cpu", "meta")  # no memory and no queue of their own
 NO_ROOM = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
@@ -51,6 +53,15 @@ def allocator_peaks(device: torch.device) -> tuple[int, int]:
         return 0, 0
     module = _module(device)
     return int(module.max_memory_allocated(device)), int(module.max_memory_reserved(device))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device; copied while the host goes on."""
+    if device.type == "cpu":
+        return batch
+    if device.type == "cuda":
+        batch = {name: value.pin_memory() for name, value in batch.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 @contextlib.contextmanager

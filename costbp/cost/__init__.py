@@ -1,0 +1,1 @@
+"""What a step costs and what fits: counted, traced without weights, timed, in closed form."""

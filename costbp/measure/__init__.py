@@ -1,1 +1,0 @@
-"""Cost, measured: FLOPs, forward units, peak bytes, wall time."""
