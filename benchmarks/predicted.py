@@ -19,7 +19,7 @@ import torch
 
 from costbp.config.load import load_plan, overlaid
 from costbp.console import say
-from costbp.cost.trace import Bench
+from costbp.cost.bench import Bench
 from costbp.errors import UserError
 
 METHODS = ("bp_vanilla", "bp_checkpointing", "fmad_vanilla", "zo_vanilla")

@@ -8,7 +8,6 @@ from costbp.models.families import CLASSIFIERS, family_source
 METHODS = (
     "bp_vanilla",
     "bp_checkpointing",
-    "bp_sqrt",
     "bp_selective",
     "fmad_vanilla",
     "zo_vanilla",

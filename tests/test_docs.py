@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from costbp.cli import app
 from costbp.config import Cell, MethodEntry, load_plan
 from costbp.config.load import task_modules
-from costbp.cost.units import forward_units
+from costbp.config.methods import Shares
 from costbp.data.prepare import _packed
 from costbp.data.splits import SPLITS
 from costbp.errors import UserError
-from costbp.estimators import build_estimator
 from costbp.models.build import Head
 from costbp.models.loss import cross_entropy
 from costbp.objective import Key, Objective
@@ -95,7 +94,7 @@ def test_the_page_is_valid_and_its_methods_train(example, costbp):
         record = read_record(plan.spec(cell, 0).folder(plan.study.paths.store))
         assert record.outcome == "completed"
         assert record.summary.steps == steps
-        units = forward_units(plan.catalog.methods[name])
+        units = plan.catalog.methods[name].closed_form()
         assert record.summary.forward_units == units * steps
 
 
@@ -112,7 +111,7 @@ def test_the_example_is_unbiased_with_the_stated_error(example, count):
         expected = relative_error(second, 1) * square
     else:  # each tensor once
         expected = sum((size + 1) * own for size, own in parts)
-    estimator, keys = build_estimator(method(options={"count": count})), 400
+    estimator, keys = method(options={"count": count}).build(), 400
     rows = torch.stack(
         [
             estimator.estimate(objective, [data], Key(seed, 3)).gradient.clone()
@@ -151,14 +150,14 @@ def test_a_missing_file_is_one_line(example, costbp):
     ("function", "words"),
     [
         ("bild", "has no function 'bild'"),
-        ("list", "list() must return a costbp.estimators.Estimator, not list"),
+        ("list", "list() must return a costbp Estimator, not list"),
     ],
 )
 def test_a_function_that_builds_no_estimator_is_one_line(example, function, words):
     with EXAMPLE.open("a") as stream:
         stream.write("\nfrom builtins import list\n")
     with pytest.raises(UserError, match=re.escape(f"{EXAMPLE}: {words}")) as caught:
-        build_estimator(method(function=function, options={}))
+        method(function=function, options={}).build()
     assert "\n" not in str(caught.value)
 
 
@@ -209,7 +208,9 @@ def test_the_table_of_methods_is_complete_and_its_units_are_the_closed_form(monk
         for tensors, layers in ((1, 1), (26, 6), (7, 2)):
             shown = table[name][2].replace("×", "*")
             value = eval(shown, {"ceil": math.ceil, "T": tensors, "L": layers})
-            assert value == pytest.approx(forward_units(entry, tensors, layers)), name
+            assert value == pytest.approx(
+                entry.closed_form(Shares(tensors=tensors, blocks=layers))
+            ), name
 
 
 def test_every_key_and_choice_of_a_method_is_documented():

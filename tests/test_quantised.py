@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import vmap
 
 from costbp.config.load import overlaid
-from costbp.cost.trace import Bench
+from costbp.cost.bench import Bench
 from costbp.estimators.forward_mode import directional_derivatives
 from costbp.models.families import family_source
 from costbp.models.full_size import build_full_size, sample_batch, transformers_config

@@ -69,7 +69,7 @@ def doctor(
 
 def show_memory(plan: Plan) -> None:
     """A table of what each method's step needs, a row a model and shape of batch."""
-    from costbp.cost.measured import memory_needs
+    from costbp.cost.pairs import memory_needs
 
     rows = []
     for name, needs in memory_needs(plan):

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,13 +19,13 @@ from costbp.assets.fetch import commits
 from costbp.config.costs import card_bytes
 from costbp.config.study import Cell, Plan, RunSpec
 from costbp.console import say
-from costbp.cost.measured import traced_cost
+from costbp.cost.pairs import traced_cost
+from costbp.cost.record import CostRecord
 from costbp.cost.step import CostCounter
 from costbp.data.prepare import load_prepared, prepare
 from costbp.device import free, memory_of, name_of, out_of_memory
 from costbp.device_pool import device_slot, largest_memory
 from costbp.errors import UserError
-from costbp.estimators import build_estimator
 from costbp.files import atomic, lock, write_json
 from costbp.models.build import build_model
 from costbp.train.loop import Interrupted, Run
@@ -157,7 +157,7 @@ class _Session:
             facts[MEMORY] = str(self.memory)
         title = f"{'/'.join(spec.cell)} seed {spec.seed}"
         predicted = self._predicted(spec)
-        needed = None if predicted is None else sum(predicted["peak_by_category"].values())
+        needed = None if predicted is None else predicted.bytes
         if needed is not None and self.memory is not None and needed > self.memory and not force:
             ended = Ended("does_not_fit", self._too_large(needed), self._nothing(predicted))
         else:
@@ -216,16 +216,16 @@ class _Session:
             spec.model, len(data.names), self.assets, spec.seed, data.width, str(device)
         )
         key = self.plan.cost_key(*spec.cell[:3])
-        counter = self.counters.setdefault(key, CostCounter(build_estimator(spec.method)))
+        counter = self.counters.setdefault(key, CostCounter(spec.method.build()))
         return Run(spec, module, data, device, counter, self.assets)
 
-    def _predicted(self, spec: RunSpec) -> dict[str, Any] | None:
+    def _predicted(self, spec: RunSpec) -> CostRecord | None:
         """The traced cost of a step, where there is a memory that it could exceed."""
         return None if self.memory is None else traced_cost(self.plan, *spec.cell[:3])
 
-    def _nothing(self, predicted: Mapping[str, Any] | None = None) -> Summary:
+    def _nothing(self, predicted: CostRecord | None = None) -> Summary:
         """Figures of a run that never began."""
-        d = int(predicted["d"]) if predicted else 0
+        d = predicted.d if predicted else 0
         return Summary(majority=self.data.facts["majority"]["test"], d=d)
 
     def _too_large(self, needed: int) -> str:
