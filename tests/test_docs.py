@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from costbp.cli import app
 from costbp.config import Cell, MethodEntry, load_plan
 from costbp.config.load import task_modules
-from costbp.config.methods import Shares
+from costbp.config.shares import Shares
 from costbp.data.prepare import _packed
 from costbp.data.splits import SPLITS
 from costbp.errors import UserError

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from costbp.config import load_plan
-from costbp.config.methods import Shares
+from costbp.config.shares import Shares
 from costbp.cost.step import CostCounter
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.directions import Gaussian

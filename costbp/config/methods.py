@@ -7,43 +7,21 @@ parts themselves (`costbp/estimators`) give formulas and sources.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from costbp.config.entries import Entry, PythonFile, Strict
+from costbp.config.optimizer import OptimizerSpec
+from costbp.config.shares import RULE_OF_THUMB, Shares
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim import Optimizer
-
     from costbp.estimators.base import Estimator
     from costbp.estimators.directions import Source
     from costbp.estimators.memory_plans import MemoryPlan
     from costbp.estimators.oracles import Central, Exact, OneSided
 
 Family = Literal["bp", "fmad", "zo"]
-
-
-@dataclass(frozen=True)
-class Shares:
-    """What closed forms know of a model: what a step adds to a forward pass, in forward units.
-
-    The defaults are the rule of thumb for a frozen base with small adapters: every product has one
-    factor that depends on a trained parameter, and what a plan recomputes is a whole forward pass.
-
-    Attributes:
-        live: one tangent, or the backward pass: products with live factors.
-        recomputed: what recomputing every block but the last computes a second time.
-        tensors: trainable tensors, whose groups calibration probes.
-        blocks: repeated blocks, for locally guessed directions.
-    """
-
-    live: float = 1.0
-    recomputed: float = 1.0
-    tensors: int = 0
-    blocks: int = 1
 
 
 class BackpropSpec(Strict):
@@ -337,40 +315,6 @@ class SvrgSpec(Strict):
     def factor(self) -> float:
         """Inner estimates a step, on average over a period: the snapshot's, and two in others."""
         return (2 * (self.period - 1) + self.snapshot_batches) / self.period
-
-
-RULE_OF_THUMB = Shares()
-LEAST_RATE = 1e-5  # the least that is published for zeroth order with adapters
-
-
-class OptimizerSpec(Strict):
-    """A torch optimiser on the flat parameter vector."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(gt=0, description="Learning rate.")
-    falls_from: int | None = Field(
-        None,
-        ge=1,
-        description="d up to which `lr` holds; for a longer trainable vector it falls as 1/d, as "
-        "the largest stable step of a projected estimate does, to 1e-5 at the least.",
-    )
-    momentum: float = Field(0.0, ge=0, lt=1, description="SGD only.")
-    weight_decay: float = Field(0.0, ge=0)
-
-    def rate(self, d: int) -> float:
-        """The learning rate for d trainable parameters."""
-        if self.falls_from is None or d <= self.falls_from:
-            return self.lr
-        return min(self.lr, max(self.lr * self.falls_from / d, LEAST_RATE))
-
-    def build(self, theta: Tensor) -> Optimizer:
-        """The optimiser, for the flat vector [d]."""
-        import torch
-
-        lr, decay = self.rate(theta.numel()), self.weight_decay
-        if self.name == "adamw":
-            return torch.optim.AdamW([theta], lr=lr, weight_decay=decay)
-        return torch.optim.SGD([theta], lr=lr, momentum=self.momentum, weight_decay=decay)
 
 
 class MethodEntry(Entry):

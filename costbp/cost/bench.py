@@ -12,7 +12,8 @@ import torch
 
 from costbp.config.catalog import ConfigSource, LoraTraining, ModelEntry
 from costbp.config.load import validate
-from costbp.config.methods import MethodEntry, Shares
+from costbp.config.methods import MethodEntry
+from costbp.config.shares import Shares
 from costbp.cost.products import SIZES, products, shares
 from costbp.cost.record import CostRecord
 from costbp.cost.step import measure_step

@@ -20,7 +20,7 @@ from costbp.config.catalog import (
     ModelEntry,
 )
 from costbp.config.entries import short_hash
-from costbp.config.methods import Shares
+from costbp.config.shares import Shares
 from costbp.config.study import Plan
 from costbp.console import say
 from costbp.cost.bench import CLASSES, Bench

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from costbp.config.catalog import ConfigSource, FullTraining, HeadTraining, LoraTraining
-from costbp.config.methods import Shares
+from costbp.config.shares import Shares
 
 Training = LoraTraining | HeadTraining | FullTraining
 

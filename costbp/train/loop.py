@@ -71,7 +71,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepEvent:
     """What a watcher is told after each step."""
 
     fraction: float
@@ -80,7 +80,7 @@ class Progress:
     accuracy: float | None
 
 
-Watcher = Callable[[Progress], None]
+Watcher = Callable[[StepEvent], None]
 
 
 class Run:
@@ -212,7 +212,7 @@ class Run:
             state.non_finite += int(dropped)
             self._log(loss, norm, size)
             outcome = self._diverged(loss, total)
-            watch(Progress(self.spent(), state, loss, accuracy))
+            watch(StepEvent(self.spent(), state, loss, accuracy))
             if outcome:
                 return "diverged", outcome
         if not state.step:
