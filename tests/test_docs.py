@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from costbp.cli import app
 from costbp.config import Cell, MethodEntry, load_plan
 from costbp.config.load import task_modules
-from costbp.config.shares import Shares
 from costbp.data.prepare import _packed
 from costbp.data.splits import SPLITS
 from costbp.errors import UserError
@@ -192,36 +191,24 @@ MODULES = task_modules()
 # --- tables ------------------------------------------------------------------------------------
 
 
-def rows(page: str, heading: str) -> list[list[str]]:
-    """Cells of the first table below a heading."""
-    text = (DOCS / page).read_text().split(f"\n{heading}\n")[1]
-    lines = re.search(r"^\|.*?(?=\n\n|\Z)", text, re.M | re.S).group().splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+def test_tables_of_keys_and_methods_are_those_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import tables
+
+    pages = tables.pages()
+    assert len(pages) == 2
+    for page, text in pages.items():
+        assert page.read_text() == text, f"{page.name}: run `python docs/tables.py`"
+        assert "| --- |" in text and "<!-- end -->" in text
 
 
-def test_the_table_of_methods_is_complete_and_its_units_are_the_closed_form(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    catalog = load_plan().catalog.methods
-    table = {row[0].strip("`"): row for row in rows("methods.md", "## Methods")}
-    assert list(table) == list(catalog)
-    for name, entry in catalog.items():
-        for tensors, layers in ((1, 1), (26, 6), (7, 2)):
-            shown = table[name][2].replace("×", "*")
-            value = eval(shown, {"ceil": math.ceil, "T": tensors, "L": layers})
-            assert value == pytest.approx(
-                entry.closed_form(Shares(tensors=tensors, blocks=layers))
-            ), name
+def test_every_class_of_the_catalog_is_documented(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import tables
 
-
-def test_every_key_and_choice_of_a_method_is_documented():
-    text = (DOCS / "config.md").read_text().split("### `methods.yaml`")[1].split("\n### ")[0]
-    schema = json.loads((ROOT / "workflow/schemas/methods.schema.json").read_text())
-    words = set()
-    for part in schema["$defs"].values():
-        for key, value in part["properties"].items():
-            words |= {key, *value.get("enum", []), value.get("const", key)}
-    words -= {"label", "citation", "notes"}  # those of every entry
-    assert [word for word in sorted(words) if f"`{word}`" not in text.replace(": ", "` `")] == []
+    shown = set(re.findall(r"<!-- table: (\w+) -->", (DOCS / "config.md").read_text()))
+    hidden = {"Strict", "Drawn", "Repository", "PythonFile", "Plan", "RunSpec", "Catalog"}
+    assert set(tables.config_classes()) - hidden - shown == set()
 
 
 # --- links -------------------------------------------------------------------------------------

@@ -35,7 +35,11 @@ class BackpropSpec(Strict):
         "as fit; `offload` moves activations to the host.",
     )
     mebibytes: float | None = Field(
-        None, gt=0, description="`byte_budget` only: peak beyond weights, in MiB."
+        None,
+        gt=0,
+        description="Required by `byte_budget`, not allowed with others: largest peak of a step "
+        "beyond weights, gradient, optimiser state and batch, in MiB. Where a step needs more even "
+        "with every block recomputed, the run fails and says how much.",
     )
 
     @model_validator(mode="after")
@@ -89,8 +93,8 @@ EPS: Any = Field(
 )
 BATCHED: Any = Field(
     "auto",
-    description="Evaluate the K perturbed parameter sets as one batched forward: `auto` does so "
-    "for small inputs.",
+    description="Run the K perturbed parameter sets as one forward. `auto`: where K > 1 and the "
+    "batch has at most 64 tokens (examples, where the input is features).",
 )
 
 
@@ -221,8 +225,8 @@ class ProjectedSpec(Strict):
     """Gradient from directional derivatives: mean over K of (derivative along z) z."""
 
     kind: Literal["projected"]
-    oracle: AnyOracle
-    directions: AnyDirections = PlainDirections()
+    oracle: AnyOracle = Field(description="How derivatives are measured.")
+    directions: AnyDirections = Field(PlainDirections(), description="Along what.")
     scale: Literal["unbiased", "spread", "legacy"] = Field(
         "unbiased",
         description="`spread` divides by the standard deviation of the K derivatives; `legacy` "
@@ -272,7 +276,9 @@ class LocalGuessSpec(Strict):
     """Exact derivatives along directions that each block's local loss proposes."""
 
     kind: Literal["local_guess"]
-    oracle: ExactOracle = ExactOracle(kind="exact")
+    oracle: ExactOracle = Field(
+        ExactOracle(kind="exact"), description="How derivatives along the guesses are measured."
+    )
 
     def closed_form(self, shares: Shares) -> float:
         """The guesses by backpropagation, and a derivative along each block's."""
@@ -321,7 +327,7 @@ class MethodEntry(Entry):
     """How a step's gradient is obtained, and the optimiser it is given to."""
 
     family: Family = Field(description="Groups methods in figures and claims.")
-    estimator: AnyEstimator
+    estimator: AnyEstimator = Field(description="How a gradient is estimated.")
     accumulate: int = Field(1, ge=1, description="Micro-batches averaged before a step.")
     svrg: SvrgSpec | None = Field(None, description="Variance reduction by snapshots.")
     clip_norm: float | None = Field(

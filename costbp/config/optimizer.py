@@ -18,7 +18,7 @@ LEAST_RATE = 1e-5  # the least that is published for zeroth order with adapters
 class OptimizerSpec(Strict):
     """A torch optimiser on the flat parameter vector."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd"] = Field("adamw", description="Of torch's.")
     lr: float = Field(gt=0, description="Learning rate.")
     falls_from: int | None = Field(
         None,
@@ -27,7 +27,7 @@ class OptimizerSpec(Strict):
         "the largest stable step of a projected estimate does, to 1e-5 at the least.",
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only.")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="As torch's optimiser applies it.")
 
     def rate(self, d: int) -> float:
         """The learning rate for d trainable parameters."""
