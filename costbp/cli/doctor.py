@@ -174,8 +174,9 @@ def packages(plan: Plan) -> Iterator[Finding]:
         if source.bits is not None and source.packing == "nf4":
             needed["bitsandbytes"] = "pip install -e '.[gpu]'"
     for package, remark in needed.items():
-        there = find_spec(package) is not None
-        yield Finding(f"package {package}", "ok" if there else "missing", "" if there else remark)
+        installed = find_spec(package) is not None
+        state = "ok" if installed else "missing"
+        yield Finding(f"package {package}", state, "" if installed else remark)
 
 
 def gpu(plan: Plan) -> Finding:

@@ -76,8 +76,8 @@ def resident_bytes(
     """Bytes that stay between steps, by category: frozen weights and buffers, adapters (whatever is
     trained), gradients, and the state of the optimiser and of the estimator (given)."""
     trained = {id(p) for p in objective.module.parameters() if p.requires_grad}
-    there = [*objective.module.parameters(), *objective.module.buffers()]
-    frozen = {t.untyped_storage()._cdata: t for t in there if id(t) not in trained}
+    tensors = [*objective.module.parameters(), *objective.module.buffers()]
+    frozen = {t.untyped_storage()._cdata: t for t in tensors if id(t) not in trained}
     moments = [t for state in optimizer.state.values() for t in state.values()]
     return {
         "weights": sum(t.untyped_storage().nbytes() for t in frozen.values()),
