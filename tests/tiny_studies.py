@@ -63,7 +63,7 @@ def tiny(study: Path, budget: dict[str, Any]) -> dict[str, Any]:
             "budgets": dict.fromkeys(units, budget),
         },
         "tuning": {"file": "absent.yaml"},
-        "resources": {"gpu": 0},
+        "resources": {"gpu": 0, "methods_per_job": 8},
         "device": "cpu",
     }
     if "experiments" in given:
