@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from costbp.models.families import family_batch, family_objective
+from benchmarks.families import family_batch, family_objective
 from costbp.objective import Batch, Objective
 from tests.conftest import Lift64
 

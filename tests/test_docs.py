@@ -20,8 +20,8 @@ from costbp.data.prepare import _packed
 from costbp.data.splits import SPLITS
 from costbp.errors import UserError
 from costbp.estimators import build_estimator
-from costbp.models.build import Head
 from costbp.models.loss import cross_entropy
+from costbp.models.modules import Head
 from costbp.objective import Key, Objective
 from costbp.tasks import docstrings
 from costbp.tasks.base import Example

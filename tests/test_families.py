@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.families import FAMILIES
 from costbp.errors import UserError
 from costbp.estimators import forward_mode
 from costbp.estimators.backprop import Backprop
@@ -15,7 +16,6 @@ from costbp.estimators.memory_plans import PLANS, ByteBudget, blocks
 from costbp.estimators.oracles import Central, Exact, OneSided
 from costbp.estimators.projected import Projected
 from costbp.meter import Meter
-from costbp.models.families import FAMILIES
 from costbp.models.loss import cross_entropy
 from costbp.objective import Key, Objective
 from tests.conftest import Lift64

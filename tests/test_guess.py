@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.families import FAMILIES
 from costbp.estimators.guess import LocalGuess
 from costbp.estimators.memory_plans import blocks
 from costbp.estimators.oracles import Exact
-from costbp.models.build import Head
-from costbp.models.families import FAMILIES
+from costbp.models.modules import Head
 from costbp.objective import Key, Objective
 from tests.conftest import Lift64
 from tests.small import class_loss, examples, network, reference, tiny

@@ -15,7 +15,7 @@ import sys
 
 import pytest
 
-from costbp.models.families import FAMILIES
+from benchmarks.families import FAMILIES
 from tests.conftest import ROOT
 
 SCRIPT = """

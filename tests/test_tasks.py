@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from costbp.config import load_plan
 from costbp.config.catalog import HubData, Partition
 from costbp.data.encoded import Split, padded
+from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.data.splits import distinct, split
 from costbp.errors import UserError
@@ -202,7 +203,7 @@ def test_an_epoch_shows_every_example_once_and_epochs_differ():
 
 def test_prepared_data_round_trips_and_counts_truncation(workdir):
     plan = load_plan([Path("config/studies/smoke.yaml")])
-    path = prepare(plan, "tiny_lora", "docstrings")
+    path = prepare(Pair.of(plan, "tiny_lora", "docstrings"))
     data = load_prepared(path)
     assert data.facts["examples"]["test"] == len(data.splits["test"]) == 500
     assert data.facts["truncated"]["train"] > 0

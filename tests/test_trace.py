@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.families import CLASSIFIERS, FAMILIES, family_source
 from costbp.config.catalog import FullTraining, ModelEntry
 from costbp.config.load import overlaid
 from costbp.cost.memory import peak_bytes
@@ -13,7 +14,6 @@ from costbp.cost.trace import Bench
 from costbp.cost.weightless import META, MissingNumbersError, weightless
 from costbp.errors import UserError
 from costbp.meter import Meter, counted
-from costbp.models.families import CLASSIFIERS, FAMILIES, family_source
 from tests.entries import METHODS, lora, small
 
 # parameters: as the models' cards and papers count them (encoders with the study's head of 4

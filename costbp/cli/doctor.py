@@ -168,10 +168,10 @@ def packages(plan: Plan) -> Iterator[Finding]:
     """Libraries that only some models need."""
     needed: dict[str, str] = {}
     for name in dict.fromkeys(model for model, _ in plan.pairs()):
-        source = plan.catalog.models[name].source
+        source = plan.catalog.models[name].base
         if isinstance(source, AssetSource) and source.gguf:
             needed |= dict.fromkeys(("gguf", "sentencepiece"), "pip install gguf sentencepiece")
-        if source.bits is not None and source.packing == "nf4":
+        if source is not None and source.bits is not None and source.packing == "nf4":
             needed["bitsandbytes"] = "pip install -e '.[gpu]'"
     for package, remark in needed.items():
         there = find_spec(package) is not None

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from costbp.config.entries import Entry, Strict
+from costbp.config.entries import Entry, PythonFile, Strict
 from costbp.config.methods import MethodEntry
 
 # --- models ----------------------------------------------------------------------------------
 
 
-Form = Literal["encoder", "classifier", "causal", "image_text", "fusion"]
-FORMS = """How the weights are used: `encoder` (hidden states, pooled, and a head of ours), `classifier`
-(the library's own classification head), `causal` (next tokens), `image_text` (next tokens on text
-and image), `fusion` (a head on an encoder that reads an image's features as its first tokens)."""
-
-
+Form = Literal["encoder", "classifier", "causal", "image_text"]
+FORMS = """What the model puts out: `encoder` (hidden states, whose mean a head of ours reads),
+`classifier` (classes, by the library's own head), `causal` (next tokens), `image_text` (next tokens
+on text and image)."""
 TRACED = ("classifier", "causal", "image_text")  # forms whose steps are traced without weights
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPE = "Of the frozen base; what is trained is float32."
 
 
-class Held(Strict):
-    """How a base is held in memory."""
+class Source(Strict):
+    """What every source of a transformers model says: its form, its precision, how it is asked."""
 
     form: Form = Field("encoder", description=FORMS)
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Of the frozen base; what is trained is float32."
-    )
+    dtype: DType = Field("float32", description=DTYPE)
     bits: Literal[4] | None = Field(None, description="4: the base's linear layers are packed.")
     packing: Literal["rtn", "nf4", "gptq"] = Field(
         "rtn",
@@ -36,10 +34,7 @@ class Held(Strict):
     )
     group: int = Field(128, ge=2, description="Weights that share a scale, where packed.")
     image_side: int = Field(
-        280,
-        ge=8,
-        description="Images are shrunk to at most this many pixels squared; `fusion` reads squares "
-        "of this side.",
+        280, ge=8, description="Images are shrunk to at most this many pixels squared."
     )
     chat: bool = Field(False, description="Prompts go through the tokenizer's chat template.")
 
@@ -65,7 +60,7 @@ class Repository(Strict):
         return "--".join(["model", *self.repo.split("/"), self.revision[:8]])
 
 
-class AssetSource(Held):
+class AssetSource(Source):
     """A transformers folder inside a fetched asset."""
 
     kind: Literal["asset"]
@@ -74,25 +69,28 @@ class AssetSource(Held):
     gguf: str | None = Field(
         None, description="The weights' GGUF file in that folder, unpacked into full precision."
     )
-    vision: str | None = Field(
-        None, description="Asset with the vision encoder of the form `fusion`."
-    )
+
+    @model_validator(mode="after")
+    def _writes(self) -> Self:
+        if self.gguf and self.form != "causal":
+            raise ValueError("source.gguf holds a language model: source.form = causal")
+        return self
 
 
-class HubSource(Held, Repository):
+class HubSource(Source, Repository):
     """A model of the hub, fetched once."""
 
     kind: Literal["hub"]
 
 
-class FolderSource(Held):
+class FolderSource(Source):
     """A transformers folder on this machine: config.json, weights, tokenizer."""
 
     kind: Literal["folder"]
     path: str = Field(description="Relative to the working directory, or absolute.")
 
 
-class RandomSource(Held):
+class RandomSource(Source):
     """An architecture with seeded random weights; words are hashed to token ids, or bytes are
     tokens where the model puts out text."""
 
@@ -102,7 +100,7 @@ class RandomSource(Held):
     seed: int = 0
 
 
-class ConfigSource(Held):
+class ConfigSource(Source):
     """An architecture in the hub's configuration format. Its cost can be traced at full size without
     weights; it can be trained where `weights` says which."""
 
@@ -111,13 +109,37 @@ class ConfigSource(Held):
         description="What the model puts out: classes, next tokens, or tokens on text and image."
     )
     config: dict[str, Any] = Field(description="Content of the model's `config.json`.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="Of the frozen base; what is trained is float32."
-    )
+    dtype: DType = Field("bfloat16", description=DTYPE)
     loss_chunk: int | None = Field(
         None, ge=1, description="Tokens whose logits exist at a time; default: all of them."
     )
     weights: Repository | None = Field(None, description="Where the weights are, for training.")
+
+
+class PythonSource(PythonFile):
+    """A classifier of your own: a function in a file returns the module. It is called with `base`,
+    `classes`, `train` (the entry's), `assets` (name -> folder) and the options."""
+
+    base: (
+        Annotated[
+            AssetSource | HubSource | FolderSource | RandomSource, Field(discriminator="kind")
+        ]
+        | None
+    ) = Field(
+        None,
+        description="The transformers model that the function is handed; its tokenizer makes the "
+        "token ids. None: words are hashed into them.",
+    )
+    vocabulary: int = Field(2048, ge=8, description="Token ids, where there is no `base`.")
+    assets: tuple[str, ...] = Field((), description="Further assets, whose folders it is handed.")
+    images: bool = Field(False, description="Batches hold images, and tasks must have them.")
+    image_side: int = Field(128, ge=8, description="Images are resized to squares of this side.")
+    image_positions: int = Field(
+        0, ge=0, description="Positions of the base that an image takes, not left for text."
+    )
+
+    form: ClassVar[Form] = "classifier"
+    chat: ClassVar[bool] = False
 
 
 class LoraTraining(Strict):
@@ -142,32 +164,32 @@ class FullTraining(Strict):
     kind: Literal["full"]
 
 
+Training = LoraTraining | HeadTraining | FullTraining
+
+
 class ModelEntry(Entry):
     """Weights, and which part of them is trained."""
 
     source: Annotated[
-        AssetSource | HubSource | FolderSource | RandomSource | ConfigSource,
+        AssetSource | HubSource | FolderSource | RandomSource | ConfigSource | PythonSource,
         Field(discriminator="kind"),
     ]
-    train: Annotated[LoraTraining | HeadTraining | FullTraining, Field(discriminator="kind")]
-    pooling: Literal["mean", "first", "last"] = Field(
-        "mean", description="How token states become the feature vector that the head reads."
-    )
+    train: Annotated[Training, Field(discriminator="kind")]
     dropout: float | None = Field(
         0.0, ge=0, lt=1, description="Dropout of the base model in training; null: its own."
     )
 
-    @model_validator(mode="after")
-    def _parts(self) -> ModelEntry:
-        source = self.source
-        vision = isinstance(source, AssetSource) and source.vision is not None
-        if (source.form == "fusion") != vision:
-            raise ValueError(
-                "source.form fusion and source.vision belong together, in a source of kind asset"
-            )
-        if isinstance(source, AssetSource) and source.gguf and source.form != "causal":
-            raise ValueError("source.gguf holds a language model: source.form = causal")
-        return self
+    def identity(self) -> dict[str, Any]:
+        identity = super().identity()
+        if isinstance(self.source, PythonSource):
+            identity["file"] = self.source.checksum
+        return identity
+
+    @property
+    def base(self) -> Source | None:
+        """The source of the transformers model: the entry's own, or that which a Python file builds
+        on, if any."""
+        return self.source.base if isinstance(self.source, PythonSource) else self.source
 
     @property
     def reads_features(self) -> bool:
@@ -176,28 +198,21 @@ class ModelEntry(Entry):
 
     @property
     def trains_here(self) -> bool:
-        """Whether a study can train it: it has weights, and a part to train."""
-        source = self.source
-        return not isinstance(source, ConfigSource) or source.weights is not None
-
-    @property
-    def asset(self) -> str | None:
-        """Name of the asset that holds the weights, if any."""
-        return self.source.asset if isinstance(self.source, AssetSource) else None
+        """Whether a study can train it: it has weights."""
+        return not isinstance(self.source, ConfigSource) or self.source.weights is not None
 
     @property
     def assets(self) -> tuple[str, ...]:
         """Names of all assets it is made of."""
-        vision = self.source.vision if isinstance(self.source, AssetSource) else None
-        return tuple(name for name in (self.asset, vision) if name)
+        own = (self.base.asset,) if isinstance(self.base, AssetSource) else ()
+        return own + (self.source.assets if isinstance(self.source, PythonSource) else ())
 
     @property
     def repository(self) -> Repository | None:
-        """Where on the hub the weights are, if there."""
-        source = self.source
-        if isinstance(source, HubSource):
-            return Repository(repo=source.repo, revision=source.revision)
-        return source.weights if isinstance(source, ConfigSource) else None
+        """Where on the hub the weights are, if they are there."""
+        if isinstance(self.base, HubSource):
+            return Repository(repo=self.base.repo, revision=self.base.revision)
+        return self.base.weights if isinstance(self.base, ConfigSource) else None
 
     @property
     def writes_text(self) -> bool:
@@ -207,7 +222,8 @@ class ModelEntry(Entry):
     @property
     def sees(self) -> bool:
         """Whether it reads images."""
-        return self.source.form in ("image_text", "fusion")
+        source = self.source
+        return source.images if isinstance(source, PythonSource) else source.form == "image_text"
 
 
 # --- tasks, budgets, assets --------------------------------------------------------------------
@@ -280,10 +296,35 @@ class Partition(Strict):
         return self
 
 
+class TaskFile(PythonFile):
+    """A Python file that defines a task."""
+
+    function: str = Field("TASK", description="Name of a `Task`, or of a function returning one.")
+
+
+def _spelt_out(value: Any) -> Any:
+    """A file's name alone stands for the file."""
+    return {"kind": "python", "file": value} if isinstance(value, str) else value
+
+
+def _is_file(value: Any) -> str:
+    named = isinstance(value, str) and not value.endswith(".py")
+    return "name" if named else "python"
+
+
+Loader = Annotated[
+    Annotated[str, Tag("name")] | Annotated[TaskFile, BeforeValidator(_spelt_out), Tag("python")],
+    Discriminator(_is_file),
+]
+
+
 class TaskEntry(Entry):
     """Examples, fixed splits and a batch size."""
 
-    loader: str = Field(description="Module in `costbp/tasks/` that says what a row means.")
+    loader: Loader = Field(
+        description="What says what a row means: a module in `costbp/tasks/` by its name, or a "
+        "Python file of your own by its path or as {kind: python, file: ...}."
+    )
     data: Annotated[AssetData | HubData | LocalData, Field(discriminator="kind")] | None = Field(
         None, description="Where the rows are; none: the module makes or finds them itself."
     )
@@ -301,6 +342,12 @@ class TaskEntry(Entry):
         description="How a language model chooses among a task's answers: the likeliest, or what "
         "it writes. The test split is scored both ways.",
     )
+
+    def identity(self) -> dict[str, Any]:
+        identity = super().identity()
+        if isinstance(self.loader, TaskFile):
+            identity["file"] = self.loader.checksum
+        return identity
 
     @property
     def asset(self) -> str | None:

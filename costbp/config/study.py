@@ -27,7 +27,7 @@ from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry, OptimizerSpec
 from costbp.files import digest
 
-FORMAT = 6  # raised when the meaning of a run changes, so that old records are not mistaken for new
+FORMAT = 7  # raised when the meaning of a run changes, so that old records are not mistaken for new
 
 
 COSTS = 3  # the same for what is measured of a step's cost
@@ -246,8 +246,7 @@ class Plan(Strict):
         """What a pair reads and in which state: checksums of carriers, commits of the hub, digests
         of local files and folders."""
         found = {name: state(what) for name, what in self.fetched(model, task).items()}
-        source, data = self.catalog.models[model].source, self.catalog.tasks[task].data
-        for local in (source, data):
+        for local in (self.catalog.models[model].base, self.catalog.tasks[task].data):
             if isinstance(local, FolderSource | LocalData):
                 found[local.path] = digest(Path(local.path))
         return found
@@ -258,7 +257,7 @@ class Plan(Strict):
         key = {
             "format": FORMAT,
             "source": entry.source.model_dump(mode="json"),
-            "pooling": entry.pooling if entry.reads_features else None,
+            "features": entry.reads_features,
             "task": data.model_copy(update={"batch_size": 1}).identity(),
             "assets": self.assets_of(model, task),
         }

@@ -16,9 +16,9 @@ from costbp.config.catalog import (
     TRACED,
     ConfigSource,
     FolderSource,
-    Held,
     HubSource,
     ModelEntry,
+    Source,
 )
 from costbp.config.entries import short_hash
 from costbp.config.study import Cell, Plan
@@ -26,13 +26,14 @@ from costbp.console import say
 from costbp.cost.step import StepCost, by_category, forward_only, median_seconds
 from costbp.cost.trace import CLASSES, UNTIMED, Bench
 from costbp.cost.units import forward_units
+from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.device_pool import device_slot
 from costbp.errors import UserError
 from costbp.estimators.memory_plans import blocks
 from costbp.files import write_json
 from costbp.models.build import build_model
-from costbp.models.weights import DROPOUTS, weights_folder
+from costbp.models.weights import DROPOUTS, configuration
 from costbp.objective import Key
 from costbp.tasks.base import load_task
 from costbp.train.loop import Run
@@ -142,15 +143,14 @@ def traceable(entry: ModelEntry, assets: Path) -> ModelEntry | None:
         values = dict(source.config)
     elif isinstance(source, HubSource | FolderSource) and source.form in TRACED:
         try:
-            folder = weights_folder(entry, assets)
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (UserError, OSError, ValueError):
+            values = configuration(entry, assets)
+        except UserError:
             return None
     else:
         return None
     for part in (values, values.get("text_config", {})):
         part |= {n: entry.dropout for n in DROPOUTS if n in part and entry.dropout is not None}
-    held = {name: getattr(source, name) for name in Held.model_fields}
+    held = {name: getattr(source, name) for name in Source.model_fields}
     config = ConfigSource(kind="config", config=values, **held)
     return entry.model_copy(update={"source": config})
 
@@ -161,7 +161,7 @@ def _measure(
     budgets = [c.budget for c in plan.cells() if (c.model, c.task) == (model, task)]
     budget = next(iter(budgets or plan.catalog.budgets))
     spec = plan.spec(Cell(model, task, method, budget), seed=0)
-    data = load_prepared(prepare(plan, model, task))
+    data = load_prepared(prepare(Pair.of(plan, model, task)))
     assets = plan.study.paths.cache / "assets"
     module = build_model(spec.model, len(data.names), assets, 0, data.width, device)
     run = Run(spec, module, data, device, assets=assets)

@@ -30,13 +30,9 @@ from costbp.device import allocator_peaks, forget_peaks, free, to_device
 from costbp.errors import UserError, suggest
 from costbp.estimators import Estimator, build_estimator
 from costbp.estimators.memory_plans import blocks
-from costbp.models.full_size import (
-    build_full_size,
-    longest,
-    sample_batch,
-    transformers_config,
-)
-from costbp.models.quantised import PackedLinear
+from costbp.models.architecture import longest, sample_batch, transformers_config
+from costbp.models.build import build_from_config
+from costbp.models.packed import PackedLinear
 from costbp.objective import Batch, Key, at_work
 
 DEVICES = ("meta", "cpu", "cuda")
@@ -97,7 +93,7 @@ class Bench:
         self.entry, self.device, self.classes, self.form = entry, device, classes, entry.source.form
         self.config = transformers_config(entry.source.config, classes)
         with self.there():
-            self.objective = build_full_size(entry.source, entry.train, classes)
+            self.objective = build_from_config(entry.source, entry.train, classes)
         self.blocks = len(blocks(self.objective.module))
 
     @property
@@ -111,7 +107,7 @@ class Bench:
     @property
     def longest(self) -> int:
         """Tokens that the model has positions for."""
-        return longest(self.config)
+        return longest(self.config.to_dict()) or 2**17  # relative positions have no end
 
     @contextlib.contextmanager
     def there(self) -> Iterator[None]:

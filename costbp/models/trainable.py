@@ -5,36 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from costbp.config.catalog import FullTraining, HeadTraining, LoraTraining
+from costbp.config.catalog import Form, FullTraining, HeadTraining, Training
 from costbp.errors import UserError
-from costbp.objective import Batch
 
 HEADS = ("classifier", "score", "lm_head")  # trained in full beside adapters, never packed
-Training = LoraTraining | HeadTraining | FullTraining
 
 
-class Transformer(nn.Module):
-    """A transformers model called with a batch; returns logits.
-
-    Args:
-        vocabulary: width of the logits of a language model; 0 for a classifier.
-    """
-
-    def __init__(self, model: nn.Module, vocabulary: int = 0) -> None:
-        super().__init__()
-        self.model = model
-        self.vocabulary = vocabulary
-
-    def forward(self, batch: Batch) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits: Tensor = self.model(**inputs).logits
-        return logits
+def head_name(model: nn.Module) -> str:
+    """Name of the head that a transformers model has; "" where it has none."""
+    return next((name for name in HEADS if hasattr(model, name)), "")
 
 
 def trainable(
-    model: Any, form: str, train: Training, *, adapters_at_zero: bool = True
+    model: Any, form: Form, train: Training, *, adapters_at_zero: bool = True
 ) -> nn.Module:
     """The model with ``requires_grad`` on what its entry trains, adapters put in.
 
@@ -51,7 +36,7 @@ def trainable(
     if isinstance(train, FullTraining):
         return model
     model.requires_grad_(False)
-    head = next((name for name in HEADS if hasattr(model, name)), "")
+    head = head_name(model)
     if isinstance(train, HeadTraining):
         output = model.get_output_embeddings()
         if form == "classifier":

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from costbp.config.catalog import TaskFile
 from costbp.errors import UserError
 
 Row = Mapping[str, Any]
@@ -153,8 +154,14 @@ def labelled(names: Sequence[str]) -> Callable[[Row], Example]:
     return example
 
 
-def load_task(loader: str) -> Task:
-    """The task of a module in ``costbp/tasks``."""
+def load_task(loader: str | TaskFile) -> Task:
+    """The task of a module in ``costbp/tasks``, or of a Python file.
+
+    Raises:
+        UserError: the file defines no task.
+    """
+    if isinstance(loader, TaskFile):
+        return loader.call(Task)
     task: Task = import_module(f"costbp.tasks.{loader}").TASK
     return task
 
