@@ -167,7 +167,7 @@ def test_batches_pad_to_multiples_of_eight_and_mask_the_padding(lengths):
     assert ids.shape[1] % 8 == 0 and ids.shape[1] - max(lengths) < 8
     assert mask.sum(1).tolist() == lengths
     assert all(torch.equal(ids[i, : len(row)], row) for i, row in enumerate(rows))
-    seen = torch.cat([b["labels"] for b in encoded.ordered(3)])
+    seen = torch.cat([encoded.batch(part)["labels"] for part in encoded.order().split(3)])
     assert sorted(seen.tolist()) == list(range(len(rows)))
 
 

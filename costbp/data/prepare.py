@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from costbp.config.catalog import PythonSource, RandomSource
 from costbp.data.encode import choices, encode
 from costbp.data.encoded import Split
-from costbp.data.images import image_tokens, pixels_of, processor_settings, store_images
+from costbp.data.images import image_tokens, pixels_of, store_images
 from costbp.data.pairs import Pair
 from costbp.data.sources import read_examples
 from costbp.data.splits import SPLITS, split
@@ -106,7 +106,7 @@ def _prepare(pair: Pair) -> None:
         "images": None,
     }
     if seen:
-        processor = processor_settings(model, assets) if model.writes_text else None
+        processor = images.settings if images is not None else None
         facts["images"] = store_images(parts, file, model.source.image_side, processor)
         facts["image_token"] = images.token if images is not None else None
     encoder = Encoder(load_base(model, assets)).eval() if model.reads_features else None
