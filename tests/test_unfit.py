@@ -18,6 +18,7 @@ from costbp.analysis.report import unusual, write_claims, write_page
 from costbp.analysis.tables import write as tabulate
 from costbp.config import Cell, load_plan
 from costbp.cost.measured import traced_cost
+from costbp.data.pairs import Pair
 from costbp.data.prepare import prepare
 from costbp.estimators.projected import Projected
 from costbp.files import write_json
@@ -37,7 +38,7 @@ HEAD = Cell("tiny_head", "docstrings", "fmad_multiple", "units_400")
 def cache(tmp_path_factory):
     folder = working_copy(tmp_path_factory.mktemp("unfit"))
     with contextlib.chdir(folder):
-        prepare(load_plan([SMOKE]), "tiny_head", "docstrings")
+        prepare(Pair.of(load_plan([SMOKE]), "tiny_head", "docstrings"))
     return folder / "cache"
 
 

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from costbp.assets.hub import from_hub
-from costbp.config.catalog import AssetEntry, HubData, Repository
-from costbp.config.study import Fetched
+from costbp.config.catalog import AssetEntry, HubData
+from costbp.config.sources import Repository
+from costbp.config.study import Fetchable
 from costbp.errors import UserError
 from costbp.files import ensure_folder, lock, sha256, write_json
 
@@ -28,7 +29,7 @@ RECORD = "asset.json"
 WANTED = {"repo", "revision", "config", "files"}  # what decides the files of a repository
 
 
-def fetch(name: str, what: Fetched, cache: Path, say: Say = print) -> Path:
+def fetch(name: str, what: Fetchable, cache: Path, say: Say = print) -> Path:
     """The folder of an asset, fetched if need be.
 
     Raises:
@@ -86,7 +87,7 @@ def _from_hub(what: Repository | HubData, folder: Path, say: Say) -> str:
     return commit
 
 
-def damage(folder: Path, what: Fetched) -> str | None:
+def damage(folder: Path, what: Fetchable) -> str | None:
     """What is wrong with a fetched asset, or None."""
     try:
         record = json.loads((folder / RECORD).read_text())

@@ -10,7 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from costbp.config.catalog import HubData, Repository
+from costbp.config.catalog import HubData
+from costbp.config.sources import Repository
 from costbp.errors import UserError, first_line
 from costbp.files import ensure_folder
 

@@ -13,8 +13,9 @@ from typing import Annotated, NamedTuple
 import typer
 
 from costbp.cli.app import Config, app, ask_hub, load
-from costbp.config.catalog import AssetEntry, AssetSource
-from costbp.config.study import Fetched, Plan
+from costbp.config.catalog import AssetEntry
+from costbp.config.sources import AssetSource
+from costbp.config.study import Fetchable, Plan
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
 
@@ -204,7 +205,7 @@ def downloads(plan: Plan, sizes: Sizes) -> Iterator[Finding]:
             yield Finding(name, "to fetch", "size unknown" if size is None else gib(size))
 
 
-def _size(what: Fetched) -> int | None:
+def _size(what: Fetchable) -> int | None:
     if isinstance(what, AssetEntry):
         return what.size
     from costbp.assets.hub import size_of

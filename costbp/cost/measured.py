@@ -12,15 +12,9 @@ from typing import Any
 
 import torch
 
-from costbp.config.catalog import (
-    TRACED,
-    ConfigSource,
-    FolderSource,
-    HubSource,
-    ModelEntry,
-    Source,
-)
+from costbp.config.catalog import ModelEntry
 from costbp.config.entries import short_hash
+from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource, Source
 from costbp.config.study import Cell, Plan
 from costbp.console import say
 from costbp.cost.step import StepCost, by_category, forward_only, median_seconds

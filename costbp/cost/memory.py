@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from costbp.config.catalog import ConfigSource, LoraTraining
+from costbp.config.catalog import LoraTraining
 from costbp.config.methods import (
     BackpropSpec,
     ExactOracle,
@@ -19,6 +19,7 @@ from costbp.config.methods import (
     PlainDirections,
     ProjectedSpec,
 )
+from costbp.config.sources import ConfigSource
 from costbp.cost.products import Training
 
 Step = Literal["backprop", "per_block", "forward", "forward_mode"]

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from costbp.config.catalog import ConfigSource, FullTraining, HeadTraining, LoraTraining
+from costbp.config.catalog import FullTraining, HeadTraining, LoraTraining
+from costbp.config.sources import ConfigSource
 
 Training = LoraTraining | HeadTraining | FullTraining
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from costbp.config.catalog import ConfigSource, LoraTraining, ModelEntry
+from costbp.config.catalog import LoraTraining, ModelEntry
 from costbp.config.load import validate
 from costbp.config.methods import MethodEntry
+from costbp.config.sources import ConfigSource
 from costbp.cost.memory import theory_bytes
 from costbp.cost.products import SIZES, Shares, products, shares
 from costbp.cost.step import (

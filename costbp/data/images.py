@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from costbp.config.catalog import ModelEntry, RandomSource, Source
+from costbp.config.catalog import ModelEntry
+from costbp.config.sources import RandomSource, Source
 from costbp.data.encoded import Pixels
 from costbp.errors import UserError, first_line
 from costbp.files import ensure_folder

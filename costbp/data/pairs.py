@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from costbp.config.catalog import ConfigSource, ModelEntry, PythonSource, TaskEntry
+from costbp.config.catalog import ModelEntry, TaskEntry
+from costbp.config.sources import ConfigSource, PythonSource
 from costbp.config.study import Plan
 from costbp.errors import UserError
 from costbp.tasks.base import load_task

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from costbp.config.catalog import PythonSource, RandomSource
+from costbp.config.sources import PythonSource, RandomSource
 from costbp.data.encode import choices, encode
 from costbp.data.encoded import Split
 from costbp.data.images import image_tokens, pixels_of, store_images

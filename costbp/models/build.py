@@ -9,15 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from costbp.config.catalog import (
-    ConfigSource,
-    Form,
-    FullTraining,
-    LoraTraining,
-    ModelEntry,
-    PythonSource,
-    Training,
-)
+from costbp.config.catalog import FullTraining, LoraTraining, ModelEntry, Training
+from costbp.config.sources import ConfigSource, Form, PythonSource
 from costbp.errors import UserError
 from costbp.models.architecture import transformers_config
 from costbp.models.loss import ChunkedLoss, cross_entropy
@@ -27,7 +20,6 @@ from costbp.models.trainable import head_name, trainable
 from costbp.models.weights import (
     load_base,
     randomly_drawn,
-    refuse_packed_in_full,
     with_transformers,
 )
 from costbp.objective import Objective
@@ -102,7 +94,6 @@ def build_from_config(
         attention: ``eager``, or ``sdpa`` for the fused kernel, which is not counted on a CPU.
         adapters_at_zero: start LoRA's second factor at zero, as in training.
     """
-    refuse_packed_in_full(source, train)
     with with_transformers():
         config = transformers_config(source.config, classes)
         if source.form == "classifier" and config.pad_token_id is None:

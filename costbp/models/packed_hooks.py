@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from costbp.config.catalog import Source
+from costbp.config.sources import Source
 from costbp.errors import UserError
 from costbp.models.packed import (
     GptqLinear,

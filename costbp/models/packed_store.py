@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from costbp.config.catalog import FolderSource, Source
 from costbp.config.entries import short_hash
+from costbp.config.sources import FolderSource, Source
 from costbp.console import say
 from costbp.errors import UserError, first_line
 from costbp.files import lock

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from costbp.config.catalog import Form, FullTraining, HeadTraining, Training
+from costbp.config.catalog import FullTraining, HeadTraining, Training
+from costbp.config.sources import Form
 from costbp.errors import UserError
 
 HEADS = ("classifier", "score", "lm_head")  # trained in full beside adapters, never packed

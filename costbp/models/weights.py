@@ -13,16 +13,14 @@ from typing import Any
 
 import torch
 
-from costbp.config.catalog import (
+from costbp.config.catalog import ModelEntry
+from costbp.config.sources import (
     AssetSource,
     ConfigSource,
     FolderSource,
-    FullTraining,
-    ModelEntry,
     PythonSource,
     RandomSource,
     Source,
-    Training,
 )
 from costbp.device import out_of_memory
 from costbp.errors import UserError, first_line
@@ -110,9 +108,8 @@ def load_tokenizer(model: ModelEntry, assets: Path) -> Tokenizer:
     Raises:
         UserError: it can't be read.
     """
-    source = model.source
-    if isinstance(source, PythonSource) and source.base is None:
-        return Hashed(source.vocabulary)
+    if isinstance(model.source, PythonSource) and model.base is None:
+        return Hashed(model.source.vocabulary)
     if isinstance(model.base, RandomSource):
         values = model.base.config
         size = int(values.get("text_config", values)["vocab_size"])
@@ -127,8 +124,7 @@ def ready_weights(model: ModelEntry, assets: Path) -> Path:
     Raises:
         UserError: see ``load_base``.
     """
-    folder, source = weights_folder(model, assets), model.base
-    assert source is not None
+    folder, source = weights_folder(model, assets), _base(model)
     if source.bits is None or source.packing == "gptq":
         return folder
     return packed_folder(source, folder, assets, lambda: _read(model, folder, assets, pack=True))
@@ -180,9 +176,7 @@ def load_base(
     Raises:
         UserError: weights are missing or not readable.
     """
-    source = model.base
-    assert source is not None, "only models with a base are loaded"
-    refuse_packed_in_full(source, model.train, f"model '{model.label}': ")
+    source = _base(model)
     with with_transformers():
         if not isinstance(source, RandomSource):
             return _read(model, ready_weights(model, assets), assets, classes, device)
@@ -199,19 +193,7 @@ def load_base(
 def randomly_drawn(source: Source, config: Any, attention: str = "eager") -> Any:
     """A transformers model of a configuration, drawn from torch's current seed, on the default
     device, not packed."""
-    return _kind(source).from_config(config, **_held(source, attention))
-
-
-def refuse_packed_in_full(source: Source, train: Training, who: str = "") -> None:
-    """Refuse to train packed weights.
-
-    Raises:
-        UserError: a packed base is to be trained in full.
-    """
-    if source.bits is not None and isinstance(train, FullTraining):
-        raise UserError(
-            f"{who}a packed base (source.bits = 4) can't be trained in full; use train lora"
-        )
+    return _kind(source).from_config(config, **_options(source, attention))
 
 
 def _read(
@@ -227,9 +209,8 @@ def _read(
     with with_transformers():
         from costbp.models.packed_hooks import packing_of
 
-        source, config = model.base, _config(model, assets, classes)
-        assert source is not None
-        options: dict[str, Any] = {"config": config, "local_files_only": True, **_held(source)}
+        source, config = _base(model), _config(model, assets, classes)
+        options: dict[str, Any] = {"config": config, "local_files_only": True, **_options(source)}
         if torch.device(device).type != "cpu":
             options["device_map"] = {"": device}
         try:
@@ -249,13 +230,18 @@ def _read(
             ) from error
 
 
+def _base(model: ModelEntry) -> Source:
+    assert model.base is not None, "a Python file without a base has nothing to load"
+    return model.base
+
+
 def _kind(source: Source) -> Any:
     import transformers
 
     return getattr(transformers, CLASSES[source.form])
 
 
-def _held(source: Source, attention: str = "eager") -> dict[str, Any]:
+def _options(source: Source, attention: str = "eager") -> dict[str, Any]:
     return {"attn_implementation": attention, "dtype": getattr(torch, source.dtype)}
 
 
@@ -264,8 +250,7 @@ SAFE: dict[str, Any] = {"weights_only": True, "trust_remote_code": False}
 
 
 def _config(model: ModelEntry, assets: Path, classes: int) -> Any:
-    source = model.base
-    assert source is not None
+    source = _base(model)
     if isinstance(source, RandomSource):
         config = transformers_config(configuration(model, assets), classes)
     else:

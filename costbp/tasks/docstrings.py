@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from costbp.errors import UserError
-from costbp.tasks.base import POOL, Row, Task, labelled
+from costbp.tasks.base import POOL, Row, text_task
 
 NAMES = ("pandas", "scipy", "matplotlib", "sklearn")
 PER_CLASS = 700
@@ -63,10 +63,4 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
                 yield getattr(node, "name", path.stem), paragraph
 
 
-TASK = Task(
-    example=labelled(NAMES),
-    columns=("text", "label"),
-    names=NAMES,
-    rows=rows,
-    instruction=f"Which library does this document: {', '.join(NAMES)}? Answer:",
-)
+TASK = text_task(NAMES, f"Which library does this document: {', '.join(NAMES)}? Answer:", rows)

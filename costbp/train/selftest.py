@@ -19,8 +19,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from costbp.config.catalog import ConfigSource, LoraTraining, ModelEntry
+from costbp.config.catalog import LoraTraining, ModelEntry
 from costbp.config.methods import MethodEntry
+from costbp.config.sources import ConfigSource
 from costbp.cost.trace import Bench
 from costbp.device import free, out_of_memory
 from costbp.estimators import build_estimator
