@@ -65,12 +65,6 @@ class ModelEntry(Entry):
             raise ValueError("packed weights (bits: 4) can't be trained in full; use train lora")
         return self
 
-    def identity(self) -> dict[str, Any]:
-        identity = super().identity()
-        if isinstance(self.source, PythonSource):
-            identity["file"] = self.source.checksum
-        return identity
-
     @property
     def base(self) -> Source | None:
         """The source of the transformers model: the entry's own, or that which a Python file builds
@@ -189,18 +183,17 @@ class TaskFile(PythonFile):
 
 
 def _spelt_out(value: Any) -> Any:
-    """A file's name alone stands for the file."""
+    """A file's path alone stands for the file."""
     return {"kind": "python", "file": value} if isinstance(value, str) else value
 
 
-def _is_file(value: Any) -> str:
-    named = isinstance(value, str) and not value.endswith(".py")
-    return "name" if named else "python"
+def _tag(value: Any) -> str:
+    return "name" if isinstance(value, str) and not value.endswith(".py") else "python"
 
 
 Loader = Annotated[
     Annotated[str, Tag("name")] | Annotated[TaskFile, BeforeValidator(_spelt_out), Tag("python")],
-    Discriminator(_is_file),
+    Discriminator(_tag),
 ]
 
 
@@ -228,12 +221,6 @@ class TaskEntry(Entry):
         description="How a language model chooses among a task's answers: the likeliest, or what "
         "it writes. The test split is scored both ways.",
     )
-
-    def identity(self) -> dict[str, Any]:
-        identity = super().identity()
-        if isinstance(self.loader, TaskFile):
-            identity["file"] = self.loader.checksum
-        return identity
 
     @property
     def asset(self) -> str | None:

@@ -37,8 +37,11 @@ class Entry(Strict):
     notes: str | None = Field(None, description="What a reader should know about it.")
 
     def identity(self) -> dict[str, Any]:
-        """What a run's hash is made of: the entry without its cosmetic fields."""
-        return self.model_dump(mode="json", exclude=self.cosmetic)
+        """What a run's hash is made of: the entry without its cosmetic fields, and checksums of the
+        Python files that it names."""
+        files = {name: part.checksum for name, part in self if isinstance(part, PythonFile)}
+        found = self.model_dump(mode="json", exclude=self.cosmetic)
+        return found | {"files": files} if files else found
 
 
 class PythonFile(Strict):

@@ -265,9 +265,3 @@ class MethodEntry(Entry):
                 "directions follow what it measures"
             )
         return self
-
-    def identity(self) -> dict[str, Any]:
-        identity = super().identity()
-        if isinstance(self.estimator, PythonSpec):
-            identity["source"] = self.estimator.checksum
-        return identity

@@ -17,11 +17,7 @@ from costbp.models.loss import ChunkedLoss, cross_entropy
 from costbp.models.modules import Classifier, Encoder, Head, Transformer, redraw
 from costbp.models.packed import QuantisedLinear, replace_packed
 from costbp.models.trainable import head_name, trainable
-from costbp.models.weights import (
-    load_base,
-    randomly_drawn,
-    with_transformers,
-)
+from costbp.models.weights import load_base, randomly_drawn
 from costbp.objective import Objective
 
 
@@ -51,12 +47,11 @@ def build_model(
     if isinstance(model.source, PythonSource):
         return _of_a_file(model, model.source, classes, assets, seed).train().to(device)
     form = model.source.form
-    with with_transformers():
-        base = load_base(model, assets, classes if form == "classifier" else 0, device)
-        torch.manual_seed(seed)
-        if form == "classifier":
-            redraw(getattr(base, head_name(base)))
-        return _finished(base, form, model.train, classes).train().to(device)
+    base = load_base(model, assets, classes if form == "classifier" else 0, device)
+    torch.manual_seed(seed)
+    if form == "classifier":
+        redraw(getattr(base, head_name(base)))
+    return _finished(base, form, model.train, classes).train().to(device)
 
 
 def _of_a_file(
@@ -94,14 +89,13 @@ def build_from_config(
         attention: ``eager``, or ``sdpa`` for the fused kernel, which is not counted on a CPU.
         adapters_at_zero: start LoRA's second factor at zero, as in training.
     """
-    with with_transformers():
-        config = transformers_config(source.config, classes)
-        if source.form == "classifier" and config.pad_token_id is None:
-            config.pad_token_id = 0  # a decoder's classifier reads the last token before padding
-        base = randomly_drawn(source, config, attention)
-        if source.bits is not None:  # whatever the packing: all take about as many bytes
-            replace_packed(base, partial(QuantisedLinear, group=source.group))
-        made = _finished(base, source.form, train, classes, adapters_at_zero)
+    config = transformers_config(source.config, classes)
+    if source.form == "classifier" and config.pad_token_id is None:
+        config.pad_token_id = 0  # a decoder's classifier reads the last token before padding
+    base = randomly_drawn(source, config, attention)
+    if source.bits is not None:  # whatever the packing: all take about as many bytes
+        replace_packed(base, partial(QuantisedLinear, group=source.group))
+    made = _finished(base, source.form, train, classes, adapters_at_zero)
     if source.loss_chunk is not None and isinstance(made, Transformer) and made.vocabulary:
         whole: Any = made.model
         if isinstance(train, LoraTraining):

@@ -10,6 +10,7 @@ from torch import nn
 from costbp.config.catalog import FullTraining, HeadTraining, Training
 from costbp.config.sources import Form
 from costbp.errors import UserError
+from costbp.models.libraries import with_transformers
 
 HEADS = ("classifier", "score", "lm_head")  # trained in full beside adapters, never packed
 
@@ -45,25 +46,23 @@ def trainable(
         elif output is not None:  # untied from the embedding, which stays frozen
             output.weight = nn.Parameter(output.weight.detach().clone())
         return _in_float32(model)
-    from peft import LoraConfig, get_peft_model
+    targets = list(train.targets)
+    with with_transformers():
+        from peft import LoraConfig, get_peft_model
 
-    try:
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=train.rank,
-                lora_alpha=train.alpha,  # type: ignore[arg-type]
-                lora_dropout=train.dropout,
-                target_modules=list(train.targets),
-                modules_to_save=[head] if form == "classifier" else None,
-                init_lora_weights=adapters_at_zero,
-            ),
+        settings = LoraConfig(
+            r=train.rank,
+            lora_alpha=train.alpha,  # type: ignore[arg-type]
+            lora_dropout=train.dropout,
+            target_modules=targets,
+            modules_to_save=[head] if form == "classifier" else None,
+            init_lora_weights=adapters_at_zero,
         )
-    except ValueError as error:
-        raise UserError(
-            f"train.targets = {list(train.targets)} match no layer of {type(model).__name__}"
-        ) from error
-    return _in_float32(model)
+        try:
+            return _in_float32(get_peft_model(model, settings))
+        except ValueError as error:
+            name = type(model).__name__
+            raise UserError(f"train.targets = {targets} match no layer of {name}") from error
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

@@ -3,11 +3,7 @@ asset's, the hub's, one's own), or drawn at random."""
 
 from __future__ import annotations
 
-import gc
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ from costbp.config.sources import (
 from costbp.device import out_of_memory
 from costbp.errors import UserError, first_line
 from costbp.models.architecture import REQUIRED, transformers_config
+from costbp.models.libraries import with_transformers
 from costbp.models.packed import replace_packed
 from costbp.models.packed_store import made_once, packed_folder
 from costbp.models.tokenizer import Bytes, Hashed, Pretrained, Tokenizer
@@ -36,24 +33,6 @@ CLASSES = {
     "causal": "AutoModelForCausalLM",
     "image_text": "AutoModelForImageTextToText",
 }
-
-
-@contextmanager
-def with_transformers() -> Iterator[None]:
-    """For blocks that import transformers or peft: no notes and bars, no warning of a name that peft
-    still asks for, and no garbage collection, which finds nothing and takes a fifth of ten seconds."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep", FutureWarning)
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 # --- where they are --------------------------------------------------------------------------------
@@ -177,23 +156,24 @@ def load_base(
         UserError: weights are missing or not readable.
     """
     source = _base(model)
+    if not isinstance(source, RandomSource):
+        return _read(model, ready_weights(model, assets), assets, classes, device)
     with with_transformers():
-        if not isinstance(source, RandomSource):
-            return _read(model, ready_weights(model, assets), assets, classes, device)
         from costbp.models.packed_hooks import packing_of
 
         config = _config(model, assets, classes)
-        torch.manual_seed(source.seed)
-        base = randomly_drawn(source, config)
-        if (packing := packing_of(source, None)) is not None:
-            replace_packed(base, packing.packer())
-        return base.to(device)
+    torch.manual_seed(source.seed)
+    base = randomly_drawn(source, config)
+    if (packing := packing_of(source, None)) is not None:
+        replace_packed(base, packing.packer())
+    return base.to(device)
 
 
 def randomly_drawn(source: Source, config: Any, attention: str = "eager") -> Any:
     """A transformers model of a configuration, drawn from torch's current seed, on the default
     device, not packed."""
-    return _kind(source).from_config(config, **_options(source, attention))
+    with with_transformers():
+        return _kind(source).from_config(config, **_options(source, attention))
 
 
 def _read(
