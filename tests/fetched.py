@@ -1,4 +1,4 @@
-"""What a study fetches, in tiny, as if it had been fetched: packages, and models and data sets of the
+"""What a study fetches, made small, as if it had been fetched: packages, and models and data sets of the
 hub, in the layouts of the real ones and with the records that ``costbp assets`` leaves."""
 
 from __future__ import annotations

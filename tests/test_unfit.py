@@ -28,7 +28,7 @@ from costbp.train.loop import Run
 from costbp.train.record import read_record
 from costbp.train.scores import Scorer
 from tests.conftest import working_copy
-from tests.tiny_studies import lay_over, run_jobs, shortened
+from tests.small_studies import lay_over, run_jobs, shortened
 
 SMOKE = Path("config/studies/smoke.yaml")
 HEAD = Cell("tiny_head", "docstrings", "fmad_multiple", "units_400")
