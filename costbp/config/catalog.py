@@ -55,9 +55,7 @@ class ModelEntry(Entry):
         Field(discriminator="kind"),
     ]
     train: Annotated[Training, Field(discriminator="kind")]
-    dropout: float | None = Field(
-        0.0, ge=0, lt=1, description="Dropout of the base model in training; null: its own."
-    )
+    dropout: float | None = Field(0.0, ge=0, lt=1, description="Of the base; null: its own.")
 
     @model_validator(mode="after")
     def _packed_is_frozen(self) -> Self:
@@ -120,13 +118,9 @@ class Mapped(Strict):
     """Which of a source's splits and columns are meant."""
 
     splits: dict[Literal["train", "validation", "test"], str] = Field(
-        default_factory=dict,
-        description="Our split -> the source's. A missing one is carved from train; none at all: "
-        "every row is in one pool.",
+        {}, description="Our split -> the source's; missing ones are carved from train."
     )
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="The task's column -> the source's, where they differ."
-    )
+    columns: dict[str, str] = Field({}, description="The task's column -> the source's.")
 
     @model_validator(mode="after")
     def _trains(self) -> Self:
@@ -141,9 +135,7 @@ class HubData(Mapped, Repository):
     kind: Literal["hub"]
     config: str | None = Field(None, description="Name of its configuration, where it has several.")
     files: dict[str, str] = Field(
-        default_factory=dict,
-        description="The source's split -> pattern of the parquet files that are fetched, where not "
-        "all of a large set is wanted.",
+        {}, description="The source's split -> pattern of its parquet files; default: all."
     )
 
     @property
@@ -200,26 +192,20 @@ Loader = Annotated[
 class TaskEntry(Entry):
     """Examples, fixed splits and a batch size."""
 
-    loader: Loader = Field(
-        description="What says what a row means: a module in `costbp/tasks/` by its name, or a "
-        "Python file of your own by its path or as {kind: python, file: ...}."
-    )
+    loader: Loader = Field(description="Module in `costbp/tasks/`, or a Python file of your own.")
     data: Annotated[AssetData | HubData | LocalData, Field(discriminator="kind")] | None = Field(
         None, description="Where the rows are; none: the module makes or finds them itself."
     )
     batch_size: int = Field(ge=1)
     max_length: int = Field(ge=4, description="Tokens; longer examples are cut and counted.")
-    train: int | None = Field(
-        None, ge=1, description="Examples of the training split; default: what is left."
-    )
+    train: int | None = Field(None, ge=1, description="Training examples; default: what is left.")
     validation: int = Field(ge=1, description="Examples of the validation split.")
     test: int = Field(ge=1, description="Examples of the test split.")
     split_seed: int = Field(0, description="Seed of the one shuffle behind the splits.")
     partition: Partition | None = Field(None, description="A label-skewed part instead of all.")
     scoring: Literal["likelihood", "generation"] = Field(
         "likelihood",
-        description="How a language model chooses among a task's answers: the likeliest, or what "
-        "it writes. The test split is scored both ways.",
+        description="How a language model chooses an answer: the likeliest, or written.",
     )
 
     @property
@@ -265,9 +251,7 @@ class AssetEntry(Entry):
     licence: str
     size: int | None = Field(None, ge=1, description="Of the wheel, bytes.")
     members: dict[str, str] = Field(
-        min_length=1,
-        description="Path inside the wheel -> path inside the asset's folder; with a slash at the "
-        "end, all files below it.",
+        min_length=1, description="Path in the wheel (with a slash: all below it) -> in the folder."
     )
 
 

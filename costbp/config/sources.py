@@ -24,14 +24,10 @@ class Source(Strict):
     dtype: DType = Field("float32", description=DTYPE)
     bits: Literal[4] | None = Field(None, description="4: the base's linear layers are packed.")
     packing: Literal["rtn", "nf4", "gptq"] = Field(
-        "rtn",
-        description="Of 4-bit weights: `rtn` (groups of integers, rounded to the nearest), `nf4` "
-        "(bitsandbytes), `gptq` (as a GPTQ checkpoint stores them).",
+        "rtn", description="`rtn`: integers, rounded; `nf4`: bitsandbytes'; `gptq`: a checkpoint's."
     )
     group: int = Field(128, ge=2, description="Weights that share a scale, where packed.")
-    image_side: int = Field(
-        280, ge=8, description="Images are shrunk to at most this many pixels squared."
-    )
+    image_side: int = Field(280, ge=8, description="Images are shrunk to this side, squared.")
     chat: bool = Field(False, description="Prompts go through the tokenizer's chat template.")
 
     @model_validator(mode="after")
@@ -45,10 +41,7 @@ class Repository(Strict):
     """A repository of the Hugging Face hub at a fixed state."""
 
     repo: str = Field(pattern="^[^/ ]+/[^/ ]+$", description="`owner/name` on the hub.")
-    revision: str = Field(
-        "main",
-        description="Commit. With `main` the first fetch decides, and is what later runs use.",
-    )
+    revision: str = Field("main", description="Commit. With `main` the first fetch decides.")
 
     @property
     def folder(self) -> str:
@@ -62,9 +55,7 @@ class AssetSource(Source):
     kind: Literal["asset"]
     asset: str = Field(description="Name in assets.yaml.")
     folder: str = Field(".", description="Folder of the model inside the asset.")
-    gguf: str | None = Field(
-        None, description="The weights' GGUF file in that folder, unpacked into full precision."
-    )
+    gguf: str | None = Field(None, description="The weights' GGUF file there, to be unpacked.")
 
     @model_validator(mode="after")
     def _writes(self) -> Self:
@@ -101,38 +92,28 @@ class ConfigSource(Source):
     weights; it can be trained where `weights` says which."""
 
     kind: Literal["config"]
-    form: Literal["classifier", "causal", "image_text"] = Field(
-        description="What the model puts out: classes, next tokens, or tokens on text and image."
-    )
+    form: Literal["classifier", "causal", "image_text"] = Field(description=FORMS)
     config: dict[str, Any] = Field(description="Content of the model's `config.json`.")
     dtype: DType = Field("bfloat16", description=DTYPE)
-    loss_chunk: int | None = Field(
-        None, ge=1, description="Tokens whose logits exist at a time; default: all of them."
-    )
+    loss_chunk: int | None = Field(None, ge=1, description="Tokens whose logits exist at a time.")
     weights: Repository | None = Field(None, description="Where the weights are, for training.")
+
+
+Base = Annotated[AssetSource | HubSource | FolderSource | RandomSource, Field(discriminator="kind")]
 
 
 class PythonSource(PythonFile):
     """A classifier of your own: a function in a file returns the module. It is called with `base`,
     `classes`, `train` (the entry's), `assets` (name -> folder) and the options."""
 
-    base: (
-        Annotated[
-            AssetSource | HubSource | FolderSource | RandomSource, Field(discriminator="kind")
-        ]
-        | None
-    ) = Field(
-        None,
-        description="The transformers model that the function is handed; its tokenizer makes the "
-        "token ids. None: words are hashed into them.",
+    base: Base | None = Field(
+        None, description="Model that the function is handed, whose tokenizer is used."
     )
-    vocabulary: int = Field(2048, ge=8, description="Token ids, where there is no `base`.")
+    vocabulary: int = Field(2048, ge=8, description="No base: ids that words are hashed into.")
     assets: tuple[str, ...] = Field((), description="Further assets, whose folders it is handed.")
     images: bool = Field(False, description="Batches hold images, and tasks must have them.")
     image_side: int = Field(128, ge=8, description="Images are resized to squares of this side.")
-    image_positions: int = Field(
-        0, ge=0, description="Positions of the base that an image takes, not left for text."
-    )
+    image_positions: int = Field(0, ge=0, description="Positions that an image takes from text.")
 
     form: ClassVar[Form] = "classifier"
     chat: ClassVar[bool] = False
