@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from costbp.config.catalog import ModelEntry
 from costbp.data.images import ImageTokens
@@ -14,15 +15,9 @@ from costbp.tasks.base import Example, Task
 LEAST = 4  # tokens of a prompt that are kept, however long the answers
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Rows of one split.
-
-    Attributes:
-        rows: token ids of each example.
-        starts: where each answer starts; empty for classifiers.
-        truncated: examples that were cut.
-    """
+class Encoded(NamedTuple):
+    """Token ids of each example of a split, where each answer starts (empty for classifiers), and how
+    many examples were cut."""
 
     rows: list[list[int]]
     starts: list[int]

@@ -26,11 +26,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Settings = dict[str, Any]
-SIZES = {
-    "patch_size": "patch_size",
-    "temporal_patch_size": "temporal_patch_size",
-    "merge_size": "spatial_merge_size",
-}  # an image processor's settings -> keys of a configuration's vision part
+# an image processor's settings -> keys of a configuration's vision part
+SIZES = {k: k for k in ("patch_size", "temporal_patch_size")} | {"merge_size": "spatial_merge_size"}
 MARKS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
 
 

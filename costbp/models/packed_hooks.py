@@ -31,9 +31,8 @@ TRIM = 2**26  # bytes of weights after which memory goes back to the system
 
 
 def packing_of(source: Source, stored: dict[str, Any] | None) -> Any:
-    """What ``from_pretrained`` is told of a packed base: ``quantization_config=packing`` packs full
-    weights as they are read, ``config.quantization_config = packing.to_dict()`` reads packed ones.
-    None: the base isn't packed.
+    """How a base is packed; None where it isn't. ``from_pretrained(quantization_config=packing)`` packs
+    full weights as they are read, ``config.quantization_config = packing.to_dict()`` reads packed ones.
 
     Args:
         stored: ``quantization_config`` of the checkpoint's config.json.
@@ -44,8 +43,7 @@ def packing_of(source: Source, stored: dict[str, Any] | None) -> Any:
     if stored is None:
         if source.bits is not None and source.packing == "gptq":
             raise UserError(
-                "source.packing = 'gptq' reads a checkpoint that GPTQ made, which this is not; use "
-                "packing rtn or nf4"
+                "packing gptq reads a checkpoint that GPTQ made, and this is none; use rtn or nf4"
             )
         return None if source.bits is None else Packing(source.packing, source.group)
     method, bits = stored.get("quant_method"), stored.get("bits")
@@ -53,8 +51,7 @@ def packing_of(source: Source, stored: dict[str, Any] | None) -> Any:
         raise UserError(f"the weights are packed ({method}); set source.bits = 4 and packing gptq")
     if method != "gptq" or bits != 4:
         raise UserError(
-            f"quantization_config: quant_method = {method!r}, bits = {bits!r}; packing gptq reads "
-            "4-bit GPTQ"
+            f"quant_method = {method!r}, bits = {bits!r}; packing gptq reads 4-bit GPTQ"
         )
     less_one = stored.get("checkpoint_format", "gptq") == "gptq"
     return Packing("gptq", int(stored.get("group_size", 128)), less_one)

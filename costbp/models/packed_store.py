@@ -96,7 +96,7 @@ def packed_folder(source: Source, folder: Path, assets: Path, load: Callable[[],
 
 
 def _manifest(full: Path, packed: Path) -> dict[str, Any]:
-    """What tells whether packed files are whole, and of these weights."""
+    """What shows that packed files are complete, and made of these weights."""
     of = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in _files(full)}
     return {"format": FORMAT, "of": of, "is": {p.name: p.stat().st_size for p in _files(packed)}}
 

@@ -21,11 +21,7 @@ MASK = re.compile(r"\b(pandas|pd|scipy|matplotlib|mpl|plt|pyplot|sklearn|scikit-
 
 
 def rows(folder: Path) -> Iterator[tuple[str, Row]]:
-    """Up to 700 paragraphs of each library.
-
-    Raises:
-        UserError: one of the libraries is not installed.
-    """
+    """Up to 700 paragraphs of each library."""
     for name in NAMES:
         yield from ((POOL, {"text": text, "label": name}) for _, text in documented(name))
 
