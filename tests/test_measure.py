@@ -19,8 +19,9 @@ from costbp.estimators.oracles import Central
 from costbp.estimators.projected import Projected
 from costbp.estimators.variance import Accumulate
 from costbp.meter import Meter
-from costbp.models.build import Head, build_model
+from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
+from costbp.models.modules import Head
 from costbp.objective import Key, Objective
 from tests.conftest import ROOT
 

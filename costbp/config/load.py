@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args
@@ -13,11 +12,12 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from costbp.config.catalog import Catalog, FolderSource, LocalData, ModelEntry
+from costbp.config.catalog import Catalog, LocalData, ModelEntry
 from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
+from costbp.config.sources import FolderSource
 from costbp.config.study import Plan, Study
 from costbp.errors import UserError, suggest
 
@@ -196,7 +196,7 @@ def load_catalog(
                 f"{suggest(asset, catalog.assets)}"
             )
     for name, task in catalog.tasks.items():
-        if find_spec(f"costbp.tasks.{task.loader}") is None or task.loader not in task_modules():
+        if isinstance(task.loader, str) and task.loader not in task_modules():
             raise UserError(
                 f"{sources['tasks']}: {name}.loader = '{task.loader}' is not a module of "
                 f"costbp/tasks; {suggest(task.loader, task_modules())}"
@@ -316,10 +316,12 @@ def _check_paths(study: Study, catalog: Catalog, sources: Sequence[tuple[Path, A
     for kind in ("models", "tasks"):
         for name in dict.fromkeys(n for block in study.experiments for n in getattr(block, kind)):
             entry = getattr(catalog, kind)[name]
-            local = entry.source if kind == "models" else entry.data
+            local = entry.base if kind == "models" else entry.data
             if isinstance(local, FolderSource | LocalData) and not Path(local.path).exists():
-                key = "source" if kind == "models" else "data"
-                loc: Loc = ("entries", kind, name, key, "path")
+                key: Loc = ("data",)
+                if kind == "models":
+                    key = ("source",) if local is entry.source else ("source", "base")
+                loc: Loc = ("entries", kind, name, *key, "path")
                 where, place = f"{study.catalog / kind}.yaml", dotted(loc[2:])
                 if any(_value_at(data, loc) is not None for _, data in sources):
                     where, place = str(_blame(sources, loc)), dotted(loc)

@@ -9,26 +9,22 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from costbp.config.catalog import (
-    TRACED,
     AssetEntry,
     BudgetEntry,
     Catalog,
-    ConfigSource,
-    FolderSource,
     HubData,
-    HubSource,
     LocalData,
     ModelEntry,
-    Repository,
     TaskEntry,
 )
 from costbp.config.costs import Costs, card_bytes
 from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
+from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource, Repository
 from costbp.files import digest
 
-FORMAT = 6  # raised when the meaning of a run changes, so that old records are not mistaken for new
+FORMAT = 7  # raised when the meaning of a run changes, so that old records are not mistaken for new
 
 
 COSTS = 3  # the same for what is measured of a step's cost
@@ -185,10 +181,10 @@ class RunSpec(Strict):
         return store.joinpath(*self.cell, f"seed={self.seed}-{self.hash}")
 
 
-Fetched = AssetEntry | Repository | HubData
+Fetchable = AssetEntry | Repository | HubData
 
 
-def state(what: Fetched) -> str:
+def state(what: Fetchable) -> str:
     """Checksum of a carrier, or revision of a repository."""
     return what.sha256 if isinstance(what, AssetEntry) else what.revision
 
@@ -243,18 +239,18 @@ class Plan(Strict):
             for number in range(count):
                 yield (*names, tuple(found[number::count]))
 
-    def assets(self) -> dict[str, Fetched]:
-        """What the study's models and tasks need to be fetched, by the folder it is fetched into."""
-        found: dict[str, Fetched] = {}
+    def assets(self) -> dict[str, Fetchable]:
+        """All that has to be fetched for the study, by the name of its folder."""
+        found: dict[str, Fetchable] = {}
         for model, task in self.pairs():
-            found |= self.fetched(model, task)
+            found |= self.to_fetch(model, task)
         return dict(sorted(found.items()))
 
-    def fetched(self, model: str, task: str) -> dict[str, Fetched]:
-        """The same of one pair."""
+    def to_fetch(self, model: str, task: str) -> dict[str, Fetchable]:
+        """What has to be fetched for one pair, by the name of its folder."""
         entry, data = self.catalog.models[model], self.catalog.tasks[task]
         names = [*entry.assets, *([data.asset] if data.asset else [])]
-        found: dict[str, Fetched] = {name: self.catalog.assets[name] for name in names}
+        found: dict[str, Fetchable] = {name: self.catalog.assets[name] for name in names}
         for hub in (entry.repository, data.data if isinstance(data.data, HubData) else None):
             if hub is not None:
                 found[hub.folder] = hub
@@ -263,9 +259,8 @@ class Plan(Strict):
     def assets_of(self, model: str, task: str) -> dict[str, str]:
         """What a pair reads and in which state: checksums of carriers, commits of the hub, digests
         of local files and folders."""
-        found = {name: state(what) for name, what in self.fetched(model, task).items()}
-        source, data = self.catalog.models[model].source, self.catalog.tasks[task].data
-        for local in (source, data):
+        found = {name: state(what) for name, what in self.to_fetch(model, task).items()}
+        for local in (self.catalog.models[model].base, self.catalog.tasks[task].data):
             if isinstance(local, FolderSource | LocalData):
                 found[local.path] = digest(Path(local.path))
         return found
@@ -276,7 +271,7 @@ class Plan(Strict):
         key = {
             "format": FORMAT,
             "source": entry.source.model_dump(mode="json"),
-            "pooling": entry.pooling if entry.reads_features else None,
+            "features": entry.reads_features,
             "task": data.model_copy(update={"batch_size": 1}).identity(),
             "assets": self.assets_of(model, task),
         }

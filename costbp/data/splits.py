@@ -51,13 +51,13 @@ def split(
     for ours in ("test", "validation"):  # before train, which yields what they share
         if ours in own:
             held = _ordered(found[own[ours]], task.split_seed, seen)
-            parts[ours] = held[: _border(held, _size(task, ours))]
+            parts[ours] = held[: _border(held, getattr(task, ours))]
             seen.update(map(_content, parts[ours]))
     kept = {_content(e) for ours in ("test", "validation") if ours in own for e in found[own[ours]]}
     rest = _ordered(found[own.get("train", POOL)], task.split_seed, kept)
     for ours in ("test", "validation"):
         if ours not in own:
-            border = _border(rest, _size(task, ours))
+            border = _border(rest, getattr(task, ours))
             parts[ours], rest = rest[:border], rest[border:]
     parts["train"] = rest
     return _counted(parts, task, name)
@@ -74,11 +74,6 @@ def _own(found: Mapping[str, Sequence[Example]], task: TaskEntry, name: str) -> 
             "data.splits which of them is train"
         )
     return {ours: ours for ours in SPLITS if ours in found}
-
-
-def _size(task: TaskEntry, split: str) -> int:
-    size: int = getattr(task, split)
-    return size
 
 
 def _shared(example: Example) -> str:
@@ -136,8 +131,5 @@ def _skewed(
     held = _border(mine, round(partition.test * len(mine)))
     test, rest = mine[:held], mine[held:]
     count = _border(rest, min(task.validation, len(rest) // 2))
-    return {
-        "test": test[: _border(test, task.test)],
-        "validation": rest[:count],
-        "train": rest[count:],
-    }
+    test = test[: _border(test, task.test)]
+    return {"test": test, "validation": rest[:count], "train": rest[count:]}
