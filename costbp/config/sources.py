@@ -84,7 +84,7 @@ class RandomSource(Source):
     kind: Literal["random"]
     model_type: str = Field(description="transformers model type, for example `bert`.")
     config: dict[str, Any] = Field(description="Overrides of its config.")
-    seed: int = 0
+    seed: int = Field(0, description="Of the weights.")
 
 
 class ConfigSource(Source):
