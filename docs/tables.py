@@ -56,7 +56,9 @@ def table_of(model: type[BaseModel]) -> str:
         if name in shared:
             continue
         rule = schema["properties"][field.alias or name]
-        allowed = " or ".join(dict.fromkeys(_allowed(rule, schema.get("$defs", {}))))
+        found = list(dict.fromkeys(_allowed(rule, schema.get("$defs", {}))))
+        kinds = all(word.startswith("`kind:") for word in found)
+        allowed = (", " if kinds else " or ").join(found)
         if not field.is_required() and field.default is None:
             allowed = allowed.removesuffix(" or null")
         if name == "kind" and "const" in rule:
@@ -96,9 +98,9 @@ def _default(value: Any) -> str:
         return "see below" if value else "empty"
     if value is None:
         return "none"
-    return (
-        f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value}`" if value else "empty"
-    )
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return "empty" if value in ("", []) else f"`{value}`"
 
 
 # --- methods ---------------------------------------------------------------------------------------
