@@ -7,7 +7,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from costbp.cli import app
 from costbp.config import Cell, load_plan
 from costbp.config.schemas import schemas
 from costbp.errors import UserError
@@ -51,6 +53,11 @@ def edit(path: Path, old: str, new: str) -> None:
         ("catalog/models.yaml", "asset: minilm}", "asset: minilmm}", ["'minilmm'", "did you mean 'minilm'"]),
         ("catalog/tasks.yaml", "loader: trec", "loader: trek", ["'trek'", "did you mean 'trec'"]),
         ("catalog/tasks.yaml", "batch_size: 8", "batchsize: 8", ["did you mean 'batch_size'"]),
+        ("claims.yaml", "reading: accuracy_gap", "reading: acuracy_gap", ["accuracy.reading = 'acuracy_gap'", "did you mean 'accuracy_gap'"]),
+        ("claims.yaml", "  reading: accuracy_gap\n", "", ["key 'accuracy.reading' is missing"]),
+        ("claims.yaml", "tolerance: 1.5", "tolerence: 1.5", ["unknown key 'memory.tolerence'", "did you mean 'tolerance'"]),
+        ("claims.yaml", "reading: accuracy_gap", "reading: accuracy_gap\n  tolerance: 2", ["unknown key 'accuracy.tolerance'"]),
+        ("claims.yaml", "fmad_accumulate: fmad_vanilla", "fmad_accumulate: fmad_vanila", ["variance_reduction.baselines", "did you mean 'fmad_vanilla'"]),
     ],
 )  # fmt: skip
 def test_mistakes(workdir, file, old, new, words):
@@ -82,6 +89,30 @@ def test_mistakes_with_costs(workdir, file, old, new, words):
     for word in (Path(file).name, *words):
         assert word in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_study_needs_the_one_reference_of_its_claims(workdir):
+    block = {"models": ["minilm_lora"], "tasks": ["trec"], "budgets": ["units_240"]}
+    study = Path("study.yaml")
+    study.write_text(yaml.safe_dump({"experiments": [{**block, "methods": ["zo_vanilla"]}]}))
+    with pytest.raises(UserError, match=r"study.yaml: .*exactly one method.*bp_checkpointing"):
+        load_plan([study])
+
+
+def test_a_mistake_in_claims_ends_validate(workdir):
+    edit(workdir / "config/claims.yaml", "reading: accuracy_gap", "reading: acuracy_gap")
+    found = CliRunner().invoke(app, ["validate"])
+    assert found.exit_code != 0 and "did you mean 'accuracy_gap'" in str(found.exception)
+
+
+def test_a_change_of_claims_changes_no_run(workdir):
+    before = load_plan()
+    edit(workdir / "config/claims.yaml", "tolerance: 1.5", "tolerance: 2")
+    after = load_plan()
+    assert before.claims_key() != after.claims_key()
+    assert before.labels() == after.labels()
+    for cell in before.cells():
+        assert before.specs(cell) == after.specs(cell)
 
 
 def test_a_model_without_weights_is_not_trained(workdir):
@@ -136,10 +167,10 @@ def backprop(**options):
         (projected(CENTRAL | {"eps": -1e-3}), ["oracle.eps = -0.001", "greater than 0"]),
         (projected({"kind": "one_sided", "eps": 0}), ["oracle.eps = 0", "greater than 0"]),
         (projected(CENTRAL | {"batched": "allways"}), ["oracle.batched = 'allways'", "did you mean 'always'"]),
-        (projected({"kind": "centrel"}), ["oracle = 'centrel'", "did you mean 'central'"]),
+        (projected({"kind": "centrel"}), ["oracle.kind = 'centrel'", "did you mean 'central'"]),
         (projected(EXACT | {"eps": 1e-3}), ["unknown key", "oracle.eps", "allowed: chunk, kind"]),
-        (projected(directions={"kind": "gausian"}), ["directions = 'gausian'", "did you mean 'gaussian'"]),
-        (projected(directions={"kind": "lowrank"}), ["directions = 'lowrank'", "did you mean 'low_rank'"]),
+        (projected(directions={"kind": "gausian"}), ["directions.kind = 'gausian'", "did you mean 'gaussian'"]),
+        (projected(directions={"kind": "lowrank"}), ["directions.kind = 'lowrank'", "did you mean 'low_rank'"]),
         (projected(directions=ONE | {"rank": 2}), ["unknown key", "directions.rank", "allowed: count, kind"]),
         (sparse(fraction=0), ["directions.fraction = 0", "greater than 0"]),
         (sparse(fraction=1.01), ["directions.fraction = 1.01", "less than or equal to 1"]),
@@ -169,7 +200,7 @@ def backprop(**options):
         ({"estimator": {"kind": "hessian_informed", "smoothing": 0}}, ["estimator.smoothing = 0"]),
         ({"estimator": {"kind": "local_guess", "oracle": {"kind": "central"}}}, ["oracle.kind = 'central'", "allowed: exact"]),
         ({"estimator": {"kind": "python", "file": "missing.py"}}, ["there is no file missing.py"]),
-        ({"estimator": {"kind": "backprob"}}, ["estimator = 'backprob'", "did you mean 'backprop'"]),
+        ({"estimator": {"kind": "backprob"}}, ["estimator.kind = 'backprob'", "did you mean 'backprop'"]),
         ({"accumulat": 4}, ["unknown key 'methods.zo_vanilla.accumulat'", "did you mean 'accumulate'"]),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
@@ -234,7 +265,8 @@ def test_schemas_are_in_step_and_accept_what_ships():
         path = ROOT / "workflow/schemas" / name
         assert path.read_text() == text, f"{name}: run `costbp schemas`"
         kind = name.removesuffix(".schema.json")
-        file = "config.yaml" if kind == "study" else f"catalog/{kind}.yaml"
+        files = {"study": "config.yaml", "claims": "claims.yaml"}
+        file = files.get(kind, f"catalog/{kind}.yaml")
         jsonschema.validate(
             yaml.safe_load((ROOT / "config" / file).read_text()), yaml.safe_load(text)
         )

@@ -15,10 +15,10 @@ from typing import Any
 
 import pandas as pd
 
+from costbp.analysis.finding import Finding
 from costbp.analysis.frames import CELL, Frames, at_units, first_reach
-from costbp.analysis.verdict import Claim, Reading
+from costbp.config.claims import Claim, MemoryClaim, VariantClaim
 from costbp.config.study import Plan
-from costbp.errors import UserError
 from costbp.train.record import UNFIT
 
 LEARNT = 0.05  # accuracy above the majority class from which a run counts as having learnt
@@ -47,25 +47,9 @@ class Pair:
                 yield run, others[run.seed]
 
 
-def reference_method(plan: Plan) -> str:
-    """The method of the study that claims compare the others with.
-
-    Raises:
-        UserError: the study has none, or several.
-    """
-    used = dict.fromkeys(cell.method for cell in plan.cells())
-    found = [name for name in used if plan.catalog.methods[name].reference]
-    if len(found) != 1:
-        raise UserError(
-            f"study '{plan.name}': claims need exactly one method with `reference: true` "
-            f"(bp_checkpointing in the shipped catalog), found {found or 'none'}"
-        )
-    return found[0]
-
-
 def pairs(plan: Plan, frames: Frames) -> Iterator[Pair]:
     """Every comparison of the reference with an FmAD or ZO method."""
-    reference = reference_method(plan)
+    reference = plan.reference
     for (model, task, budget), group in _scored(frames).groupby(
         ["model", "task", "budget"], sort=False
     ):
@@ -80,8 +64,8 @@ def _scored(frames: Frames) -> pd.DataFrame:
     return frames.runs[~frames.runs["outcome"].isin(UNFIT)]
 
 
-def accuracy_gap(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
+def accuracy_gap(plan: Plan, frames: Frames, claim: Claim) -> Finding:
+    finding = Finding(
         "Test accuracy at the end of an equal budget, reference minus other method, mean over "
         "seeds. Decided where no seed of one reaches any seed of the other, and every seed of one "
         "has left the majority class by 5 points."
@@ -95,16 +79,16 @@ def accuracy_gap(plan: Plan, frames: Frames, claim: Claim) -> Reading:
         learnt = max(ours.min(), theirs.min()) >= pair.reference["majority"].max() + LEARNT
         apart = _apart(ours, theirs, higher=True) if learnt else None
         words = "" if learnt else ", neither left the majority class"
-        reading.sort(f"{pair.name}: {100 * gaps[-1][0]:+.1f} points{words}", apart)
+        finding.sort(f"{pair.name}: {100 * gaps[-1][0]:+.1f} points{words}", apart)
     if gaps:
         gap, relative, name = max(gaps)
         lowest = min(gaps)[0]
-        reading.value = 100 * gap
-        reading.measured = (
+        finding.value = 100 * gap
+        finding.measured = (
             f"{100 * lowest:+.1f} to {100 * gap:+.1f} points "
             f"(largest: {100 * relative:+.0f} % relative, {name})"
         )
-    return reading
+    return finding
 
 
 def _apart(ours: pd.Series, theirs: pd.Series, *, higher: bool) -> bool | None:
@@ -115,7 +99,7 @@ def _apart(ours: pd.Series, theirs: pd.Series, *, higher: bool) -> bool | None:
     return False if first.max() < second.min() else None
 
 
-def _to_same_accuracy(plan: Plan, frames: Frames, column: str, reading: Reading) -> list[float]:
+def _to_same_accuracy(plan: Plan, frames: Frames, column: str, finding: Finding) -> list[float]:
     """Ratios other/reference of ``column`` at the accuracy that the other method ends with.
 
     Seeds are paired. Runs that ended within 5 points of the majority class, or at the accuracy
@@ -133,67 +117,67 @@ def _to_same_accuracy(plan: Plan, frames: Frames, column: str, reading: Reading)
                 continue
             found.append(spent / needed if needed else (float("inf") if needed == 0 else 0.0))
         if len(found) < len(pair.other):
-            reading.sort(f"{pair.name}: did not leave the majority class in every seed", None)
+            finding.sort(f"{pair.name}: did not leave the majority class in every seed", None)
             continue
         finite = [ratio for ratio in found if ratio != float("inf")]
         ratio = statistics.geometric_mean(finite) if finite and min(finite) > 0 else min(found)
         verdict = None if min(found) <= 1 <= max(found) else min(found) > 1
         words = {0.0: "reference never got there", float("inf"): "reference starts there"}
         note = words.get(ratio, f"{ratio:.1f}x")
-        reading.sort(f"{pair.name}: {note}", verdict)
+        finding.sort(f"{pair.name}: {note}", verdict)
         if ratio not in (0.0, float("inf")):
             ratios.append(ratio)
     return ratios
 
 
-def time_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
+def time_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Finding:
+    finding = Finding(
         "Training seconds to the validation accuracy that the other method ends its budget with "
         "(first crossing, linear between evaluations, seeds paired)."
     )
-    ratios = _to_same_accuracy(plan, frames, "seconds", reading)
+    ratios = _to_same_accuracy(plan, frames, "seconds", finding)
     if ratios:
         low, high = (100 * (1 - 1 / ratio) for ratio in (min(ratios), max(ratios)))
-        reading.value = high
-        reading.measured = f"{low:.1f} to {high:.1f} % less time"
-    return reading
+        finding.value = high
+        finding.measured = f"{low:.1f} to {high:.1f} % less time"
+    return finding
 
 
-def flops_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
+def flops_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Finding:
+    finding = Finding(
         "FLOPs to the validation accuracy that the other method ends its budget with, other over "
         "reference (first crossing, linear between evaluations, seeds paired)."
     )
-    ratios = _to_same_accuracy(plan, frames, "flops", reading)
+    ratios = _to_same_accuracy(plan, frames, "flops", finding)
     if ratios:
-        reading.value = max(ratios)
-        reading.measured = f"{min(ratios):.1f}x to {max(ratios):.1f}x"
-    return reading
+        finding.value = max(ratios)
+        finding.measured = f"{min(ratios):.1f}x to {max(ratios):.1f}x"
+    return finding
 
 
 def _compare_costs(
     plan: Plan,
     frames: Frames,
-    reading: Reading,
+    finding: Finding,
     ratio: Callable[[Any, Any], float],
     supports: Callable[[float], bool],
     words: str = "{}",
     families: tuple[str, ...] = ("fmad", "zo"),
-) -> Reading:
+) -> Finding:
     """File ``ratio(reference, other)`` of the cost table's rows for every method of ``families``,
     on models that run more than a head."""
-    reference, found = reference_method(plan), []
+    reference, found = plan.reference, []
     for (model, task), group in frames.costs.groupby(["model", "task"], sort=False):
         rows = {str(row.method): row for row in group.itertuples()}
         for method, row in rows.items():
             if plan.catalog.methods[method].family in families and reference in rows and row.seq:
                 found.append(ratio(rows[reference], row))
                 name = f"{method} on {model}/{task}: {found[-1]:.2f}x"
-                reading.sort(name, supports(found[-1]))
+                finding.sort(name, supports(found[-1]))
     if found:
-        reading.value = max(found)
-        reading.measured = words.format(f"{min(found):.2f}x to {max(found):.2f}x")
-    return reading
+        finding.value = max(found)
+        finding.measured = words.format(f"{min(found):.2f}x to {max(found):.2f}x")
+    return finding
 
 
 def _memory_ratio(ours: Any, theirs: Any) -> float:
@@ -201,39 +185,39 @@ def _memory_ratio(ours: Any, theirs: Any) -> float:
     return first / second
 
 
-def flops_per_step(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
+def flops_per_step(plan: Plan, frames: Frames, claim: Claim) -> Finding:
+    finding = Finding(
         "Counted FLOPs of one optimiser step, other over reference; models that run their encoder."
     )
     return _compare_costs(
-        plan, frames, reading, lambda ours, theirs: theirs.flops / ours.flops, lambda x: x > 1
+        plan, frames, finding, lambda ours, theirs: theirs.flops / ours.flops, lambda x: x > 1
     )
 
 
-def memory_comparable(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
+def memory_comparable(plan: Plan, frames: Frames, claim: MemoryClaim) -> Finding:
+    finding = Finding(
         f"Peak bytes of one step beyond weights, reference over other; comparable means at most "
         f"{claim.tolerance:g}x. Models that run their encoder."
     )
     return _compare_costs(
         plan,
         frames,
-        reading,
+        finding,
         _memory_ratio,
         lambda x: x <= claim.tolerance,
         "{} of the other's",
     )
 
 
-def zo_needs_least_memory(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
+def zo_needs_least_memory(plan: Plan, frames: Frames, claim: Claim) -> Finding:
+    finding = Finding(
         "Peak bytes of one step beyond weights, checkpointed BP over ZO; models that run their "
         "encoder."
     )
     return _compare_costs(
         plan,
         frames,
-        reading,
+        finding,
         _memory_ratio,
         lambda x: x > 1,
         "BP-Checkpointing needs {}",
@@ -241,17 +225,17 @@ def zo_needs_least_memory(plan: Plan, frames: Frames, claim: Claim) -> Reading:
     )
 
 
-def gap_grows_with_d(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
+def gap_grows_with_d(plan: Plan, frames: Frames, claim: Claim) -> Finding:
+    finding = Finding(
         "Validation accuracy of the reference minus the other's at the same number of forward "
         "units, the most that all runs compared have reached, for two sizes d of the trainable "
         "vector on one encoder: d is varied here, not the size of the model. Decided where the gap "
         "differs by more than 2 points."
     )
-    reference = reference_method(plan)
+    reference = plan.reference
     sizes = frames.runs.groupby("model")["d"].max().sort_values()
     if len(sizes) < 2 or sizes.iloc[0] == sizes.iloc[-1]:
-        return reading
+        return finding
     small, large = sizes.index[0], sizes.index[-1]
     curves = dict(list(frames.curves.groupby(["model", "task", "method"], sort=False)))
     changes, spent = [], []
@@ -268,21 +252,21 @@ def gap_grows_with_d(plan: Plan, frames: Frames, claim: Claim) -> Reading:
         changes.append(100 * (many - few))
         spent.append(units)
         verdict = None if abs(changes[-1]) <= 2 else changes[-1] > 0
-        reading.sort(
+        finding.sort(
             f"{method} on {task}: {100 * few:.1f} -> {100 * many:.1f} points at {units:.0f} units",
             verdict,
         )
     if changes:
-        reading.value = statistics.mean(changes)
-        reading.measured = (
+        finding.value = statistics.mean(changes)
+        finding.measured = (
             f"gap changes by {min(changes):+.1f} to {max(changes):+.1f} points at {min(spent):.0f} "
             f"to {max(spent):.0f} units ({small} -> {large})"
         )
-    return reading
+    return finding
 
 
-def beats_its_baseline(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
+def beats_its_baseline(plan: Plan, frames: Frames, claim: VariantClaim) -> Finding:
+    finding = Finding(
         "Test accuracy at the end of an equal budget, each method of the claim minus its baseline, "
         "mean over seeds. Decided where no seed of one reaches any seed of the other."
     )
@@ -296,14 +280,14 @@ def beats_its_baseline(plan: Plan, frames: Frames, claim: Claim) -> Reading:
                 ours, theirs = scores[method], scores[baseline]
                 gaps.append(100 * (ours.mean() - theirs.mean()))
                 name = f"{method} against {baseline} on {model}/{task}/{budget}"
-                reading.sort(f"{name}: {gaps[-1]:+.1f} points", _apart(ours, theirs, higher=True))
+                finding.sort(f"{name}: {gaps[-1]:+.1f} points", _apart(ours, theirs, higher=True))
     if gaps:
-        reading.value = statistics.mean(gaps)
-        reading.measured = f"{min(gaps):+.1f} to {max(gaps):+.1f} points"
-    return reading
+        finding.value = statistics.mean(gaps)
+        finding.measured = f"{min(gaps):+.1f} to {max(gaps):+.1f} points"
+    return finding
 
 
-READINGS: Mapping[str, Callable[[Plan, Frames, Claim], Reading]] = {
+READINGS: Mapping[str, Callable[[Plan, Frames, Any], Finding]] = {
     function.__name__: function
     for function in (
         accuracy_gap,

@@ -13,7 +13,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from costbp.analysis.captions import CAPTIONS
 from costbp.analysis.claims import judge
 from costbp.analysis.frames import Frames
-from costbp.analysis.readings import reference_method
 from costbp.analysis.tables import (
     HEADERS,
     cost_line,
@@ -31,13 +30,13 @@ from costbp.train.record import NOISE
 def headline(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
     """Outcome first: per (model, task, budget) the best method of each family."""
     cards = []
-    reference = plan.catalog.methods[reference_method(plan)].label
+    reference = plan.catalog.methods[plan.reference].label
     for (model, task, budget), runs in frames.runs.groupby(["model", "task", "budget"], sort=False):
         mean = runs.groupby("method")["test_accuracy"].mean()
         rows = []
         for family, title in (("bp", reference), ("fmad", "best FmAD"), ("zo", "best ZO")):
             names = set(runs.loc[runs["family"] == family, "method"])
-            names &= {reference_method(plan)} if family == "bp" else names
+            names &= {plan.reference} if family == "bp" else names
             scored = mean[mean.index.isin(names)].dropna()
             if scored.empty:
                 continue

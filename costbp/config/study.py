@@ -22,6 +22,7 @@ from costbp.config.catalog import (
     Repository,
     TaskEntry,
 )
+from costbp.config.claims import Claims
 from costbp.config.costs import Costs, card_bytes
 from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry
@@ -29,8 +30,6 @@ from costbp.config.optimizer import OptimizerSpec
 from costbp.files import digest
 
 FORMAT = 6  # raised when the meaning of a run changes, so that old records are not mistaken for new
-
-
 COSTS = 3  # the same for what is measured of a step's cost
 
 
@@ -201,6 +200,7 @@ class Plan(Strict):
     tuned: dict[str, dict[str, dict[str, OptimizerSpec]]] = Field(
         default_factory=dict, description="model -> task -> method -> choice"
     )
+    claims: Claims = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -209,6 +209,12 @@ class Plan(Strict):
     @property
     def results(self) -> Path:
         return self.study.paths.results / self.name
+
+    @property
+    def reference(self) -> str:
+        """The method of the study that claims compare the others with."""
+        used = (cell.method for cell in self.cells())
+        return next(name for name in used if self.catalog.methods[name].reference)
 
     def cells(self) -> Iterator[Cell]:
         """Every experiment once, in the order of the configuration."""
@@ -313,6 +319,10 @@ class Plan(Strict):
         return short_hash(
             [values, shape, self.trace_key(sweep.model, sweep.methods or costs.methods)]
         )
+
+    def claims_key(self) -> str:
+        """Hash of the claims: a change judges them again, and runs nothing else."""
+        return short_hash([claim.model_dump(mode="json") for claim in self.claims.values()])
 
     def labels(self) -> str:
         """Hash of the texts that reports show and runs don't depend on."""

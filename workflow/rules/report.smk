@@ -90,7 +90,6 @@ rule figures:
 rule claims:
     input:
         rules.aggregate.output,
-        claims=PLAN.study.claims,
     output:
         report(
             multiext(str(REPORTS / "claims"), ".md", ".json"),
@@ -100,6 +99,7 @@ rule claims:
     params:
         plan=RESOLVED,
         labels=LABELS,
+        claims=PLAN.claims_key(),
     log:
         LOGS / "claims.log",
     localrule: True

@@ -1,34 +1,14 @@
-"""A claim as data, what the runs say of it, and the fixed rules that word the verdict."""
+"""What the runs say about a claim, and the fixed rules that word the verdict."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
-
-from pydantic import Field
-
-from costbp.config.entries import Strict
 
 DECISIVE = 0.75  # share of the decided comparisons that settles a verdict
 
 
-class Claim(Strict):
-    """A claim as data."""
-
-    title: str
-    statement: str
-    source: str
-    provenance: Literal["quoted", "derived"]
-    reading: str
-    claimed: str
-    tolerance: float = 1.0
-    baselines: dict[str, str] = Field(
-        default_factory=dict, description="Method -> method of its family it is compared with."
-    )
-
-
 @dataclass
-class Reading:
+class Finding:
     """What the runs say about a claim.
 
     Attributes:
