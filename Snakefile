@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from costbp.analysis.captions import CAPTIONS
+from costbp.analysis.outputs import REPORT
 from costbp.config import Cell, load_plan
 from costbp.errors import UserError
 from costbp.files import write_text

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib import import_module
 from typing import get_args
 
 import pandas as pd
 import pytest
 
-from costbp.analysis import readings, tables
-from costbp.analysis.costs import front_of
+from costbp.analysis import outputs, readings, tables
+from costbp.analysis.cost_figures import front_of
 from costbp.analysis.finding import Finding, ledger_word
 from costbp.analysis.frames import Frames, at_units, first_reach
 from costbp.analysis.tables import metric_table
@@ -241,3 +244,16 @@ def test_further_metrics_have_a_table_of_their_own(plan):
     table = metric_table(plan, data)
     assert list(table.columns) == ["Model", "Task", "Method", "Exact match, %"]
     assert table["Exact match, %"].tolist() == ["37.5 (25.0-50.0)"]
+
+
+def test_every_figure_has_its_drawing_and_naming_them_is_quick():
+    for figure in (*outputs.REPORT, *outputs.COSTS):
+        module, function = figure.by.split(".")
+        assert callable(getattr(import_module(f"costbp.analysis.{module}"), function))
+    script = "import sys, costbp.analysis.outputs as o; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_caption_speaks_of_ranges_where_there_are_some():
+    figure = outputs.REPORT[-1]
+    assert "bars are their range" in figure.words(3) and "range" not in figure.words(1)

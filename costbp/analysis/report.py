@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from costbp.analysis.captions import CAPTIONS
 from costbp.analysis.claims import judge
 from costbp.analysis.frames import Frames
+from costbp.analysis.outputs import REPORT
 from costbp.analysis.tables import (
     HEADERS,
     cost_line,
@@ -195,7 +195,8 @@ def render(template: str, **values: Any) -> str:
 
 def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
     """``index.html``: one file that needs nothing else."""
-    images = {name: embedded(folder / "figures" / f"{name}.png") for name in CAPTIONS}
+    seeds = max(len(plan.seeds(cell)) for cell in plan.cells())
+    pictures = folder / "figures"
     claims = json.loads((folder / "claims.json").read_text())["claims"]
     methods = dict.fromkeys(cell.method for cell in plan.cells())
     text = render(
@@ -209,7 +210,7 @@ def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
         costs=cost_table(plan, frames),
         cost_line=cost_line(frames),
         unusual=unusual(frames),
-        figures={name: (caption, images[name]) for name, caption in CAPTIONS.items()},
+        figures={f.name: (f.words(seeds), embedded(pictures / f"{f.name}.png")) for f in REPORT},
         notes=notes(plan, frames),
         methods={name: plan.catalog.methods[name] for name in methods},
         choices=frames.runs.groupby(["model", "task", "method"], sort=False)["optimizer"]

@@ -70,11 +70,11 @@ rule figures:
         rules.aggregate.output,
     output:
         report(
-            expand(REPORTS / "figures" / "{name}.png", name=list(CAPTIONS)),
+            expand(REPORTS / "figures" / "{name}.png", name=[figure.name for figure in REPORT]),
             caption="../report/figure.rst",
             category="Figures",
         ),
-        expand(REPORTS / "figures" / "{name}.pdf", name=list(CAPTIONS)),
+        expand(REPORTS / "figures" / "{name}.pdf", name=[figure.name for figure in REPORT]),
     params:
         plan=RESOLVED,
         labels=LABELS,
