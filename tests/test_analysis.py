@@ -12,9 +12,9 @@ import pytest
 
 from costbp.analysis import outputs, readings, tables
 from costbp.analysis.cost_figures import front_of
-from costbp.analysis.finding import Finding, ledger_word
+from costbp.analysis.finding import Finding, how_worded, ledger_word
 from costbp.analysis.frames import Frames, at_units, first_reach
-from costbp.analysis.tables import metric_table
+from costbp.analysis.tables import metric_table, scale_line
 from costbp.config import load_plan
 from costbp.config.claims import MemoryClaim, ReferenceClaim, VariantClaim
 from tests.conftest import ROOT
@@ -135,6 +135,11 @@ def test_the_gap_is_taken_where_all_runs_have_been(plan):
     data = Frames(runs, curves[~(late & (curves["forward_units"] > 200))], pd.DataFrame())
     reading = readings.gap_grows_with_d(plan, data, claim(plan, "scale"))
     assert reading.supporting == ["fmad_vanilla on trec: 10.0 -> 30.0 points at 200 units"]
+    assert "minilm_head and minilm_lora share one base: d is varied" in reading.definition
+    names = {"minilm_head": "roberta_base", "minilm_lora": "opt_13b"}
+    data.runs["model"], data.curves["model"] = (f["model"].map(names) for f in (runs, data.curves))
+    other = readings.gap_grows_with_d(plan, data, claim(plan, "scale"))
+    assert "opt_13b have different bases: more than d is varied" in other.definition
     assert reading.value == pytest.approx(20)
 
 
@@ -257,3 +262,13 @@ def test_every_figure_has_its_drawing_and_naming_them_is_quick():
 def test_a_caption_speaks_of_ranges_where_there_are_some():
     figure = outputs.REPORT[-1]
     assert "bars are their range" in figure.words(3) and "range" not in figure.words(1)
+
+
+def test_the_verdicts_are_worded_by_the_study_s_scale(plan):
+    assert "toy" in how_worded("reduced") and "verified or falsified" in how_worded("full")
+    assert "3 or 2" not in scale_line(plan) and "range over seeds" in scale_line(plan)
+    single = plan.study.model_copy(
+        update={"seeds": (0,), "experiments": plan.study.experiments[:1]}
+    )
+    line = scale_line(plan.model_copy(update={"study": single}))
+    assert "1 seed, budget of" in line and "range" not in line

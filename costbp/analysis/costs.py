@@ -71,9 +71,11 @@ def write(plan: Plan, folder: Path) -> None:
     words = table(plan, found["traces"])
     write_text(folder / "costs.md", markdown(words))
     write_text(folder / "costs.csv", found["traces"].drop(columns="sweep").to_csv(index=False))
+    models = [plan.catalog.models[name] for name in dict.fromkeys(found["traces"]["model"])]
     text = render(
         "costs.html.j2",
         costs=plan.study.costs,
+        packed=[m.label for m in models if getattr(m.source, "bits", None)],
         table=words,
         figures={f.name: (f.caption, embedded(folder / f"{f.name}.png")) for f in figures},
     )
