@@ -74,7 +74,7 @@ rule all:
         REPORTS / "index.html",
         REPORTS / "tables" / "summary.md",
         REPORTS / "claims.md",
-        RESULTS / "mlflow.json",
+        RESULTS / "track.json",
 
 
 onsuccess:

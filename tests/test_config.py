@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 
 from costbp.cli import app
 from costbp.config import Cell, load_plan
+from costbp.config.catalog import Catalog
 from costbp.config.schemas import schemas
 from costbp.errors import UserError
 from tests.conftest import ROOT
@@ -270,3 +274,17 @@ def test_schemas_are_in_step_and_accept_what_ships():
         jsonschema.validate(
             yaml.safe_load((ROOT / "config" / file).read_text()), yaml.safe_load(text)
         )
+
+
+def test_what_a_study_can_name_is_listed_without_torch(workdir):
+    listed = CliRunner().invoke(app, ["list", "models", "--json"])
+    assert set(json.loads(listed.stdout)) == set(load_plan().catalog.models)
+    everything = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)
+    assert set(everything) == {*Catalog.model_fields, "claims", "studies"}
+    assert everything["studies"]["smoke"]["file"] == "config/studies/smoke.yaml"
+    assert "accuracy_gap" in CliRunner().invoke(app, ["list", "claims"]).stdout
+    wrong = CliRunner().invoke(app, ["list", "model"])
+    assert "did you mean 'models'" in str(wrong.exception)
+    script = "import sys; from costbp.cli import app; app(['list'], standalone_mode=False)"
+    script += "; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

@@ -104,7 +104,7 @@ def test_a_label_redraws_reports_and_trains_nothing(study, tmp_path):
     done = snakemake(copy, "--configfile", SMOKE, "-n")
     text = (done.stdout + done.stderr).split("Job stats:")[1]
     assert "train" not in text.split("Reasons:")[0]
-    assert "figures" in text and "page" in text
+    assert "figures" in text and "report" in text
 
 
 def test_a_claim_is_judged_again_and_nothing_else_runs(study, tmp_path):
@@ -114,7 +114,7 @@ def test_a_claim_is_judged_again_and_nothing_else_runs(study, tmp_path):
     path.write_text(path.read_text().replace("tolerance: 1.5", "tolerance: 2"))
     planned = snakemake(copy, "--configfile", SMOKE, "-n").stdout.split("Job stats:")[1]
     rules = planned.split("Reasons:")[0]
-    assert "claims" in rules and "page" in rules
+    assert "claims" in rules and "report" in rules
     assert not any(word in rules for word in ("train", "figures", "aggregate", "tables"))
 
 
@@ -282,7 +282,17 @@ def test_ui_says_when_its_port_is_taken(study):
         [],
         *(
             [name]
-            for name in ("train", "cost", "status", "ui", "tune", "track", "report", "assets")
+            for name in (
+                "train",
+                "cost",
+                "status",
+                "ui",
+                "tune",
+                "trials",
+                "track",
+                "report",
+                "assets",
+            )
         ),
     ],
 )

@@ -23,15 +23,15 @@ rule aggregate:
         "costbp aggregate --plan {params.plan} > {log} 2>&1"
 
 
-rule mlflow:
+rule track:
     input:
         rules.aggregate.output,
     output:
-        RESULTS / "mlflow.json",
+        RESULTS / "track.json",
     params:
         plan=RESOLVED,
     log:
-        LOGS / "mlflow.log",
+        LOGS / "track.log",
     localrule: True
     message:
         "completing the MLflow store"
@@ -109,13 +109,13 @@ rule claims:
         "costbp claims --plan {params.plan} > {log} 2>&1"
 
 
-rule page:
+rule report:
     input:
         rules.tables.output,
         rules.figures.output,
         rules.claims.output,
     output:
-        report(REPORTS / "index.html", caption="../report/page.rst", category="Report"),
+        report(REPORTS / "index.html", caption="../report/report.rst", category="Report"),
     params:
         plan=RESOLVED,
         labels=LABELS,
