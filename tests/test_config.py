@@ -57,6 +57,10 @@ def edit(path: Path, old: str, new: str) -> None:
         ("catalog/models.yaml", "asset: minilm}", "asset: minilmm}", ["'minilmm'", "did you mean 'minilm'"]),
         ("catalog/tasks.yaml", "loader: trec", "loader: trek", ["'trek'", "did you mean 'trec'"]),
         ("catalog/tasks.yaml", "batch_size: 8", "batchsize: 8", ["did you mean 'batch_size'"]),
+        ("config.yaml", "[study]", "[studi]", ["experiments[0].methods[0] = 'studi'", "did you mean 'study'"]),
+        ("catalog/groups.yaml", "- bp_vanilla", "- bp_vanila", ["methods.study[0] = 'bp_vanila'", "did you mean 'bp_vanilla'"]),
+        ("catalog/groups.yaml", "  study:", "  zo_sparse:", ["methods.zo_sparse", "has this name, too"]),
+        ("catalog/groups.yaml", "\nmethods:", "\nmethod:", ["unknown key 'method'", "did you mean 'methods'"]),
         ("claims.yaml", "reading: accuracy_gap", "reading: acuracy_gap", ["accuracy.reading = 'acuracy_gap'", "did you mean 'accuracy_gap'"]),
         ("claims.yaml", "  reading: accuracy_gap\n", "", ["key 'accuracy.reading' is missing"]),
         ("claims.yaml", "tolerance: 1.5", "tolerence: 1.5", ["unknown key 'memory.tolerence'", "did you mean 'tolerance'"]),
@@ -80,8 +84,8 @@ def test_mistakes(workdir, file, old, new, words):
     [
         ("studies/full_size.yaml", "    - opt_13b", "    - opt_13", ["costs.models", "did you mean 'opt_13b'"]),
         ("studies/full_size.yaml", "    - opt_13b", "    - minilm_lora", ["costs.models", "source asset, not config"]),
-        ("studies/full_size.yaml", "    - bp_selective", "    - bp_selectiv", ["costs.methods", "did you mean 'bp_selective'"]),
-        ("studies/full_size.yaml", "      model: llama_3_1_8b", "      model: lama", ["costs.sweeps.plans.models", "'lama'"]),
+        ("studies/full_size.yaml", "[study, bp_selective]", "[study, bp_selectiv]", ["costs.methods", "did you mean 'bp_selective'"]),
+        ("studies/full_size.yaml", "      model: llama_3_1_8b", "      model: lama", ["costs.sweeps.plans.model", "'lama'"]),
         ("studies/full_size.yaml", "values: [2, 4, 8, 16, 32]", "values: [1, 2]", ["costs.sweeps.directions", "'spread' needs directions.count >= 2"]),
         ("studies/full_size.yaml", "[8GB, 16GB", "[8GB, 16XB", ["costs.fits.cards", "with a unit, as 24GB"]),
     ],
@@ -280,7 +284,7 @@ def test_what_a_study_can_name_is_listed_without_torch(workdir):
     listed = CliRunner().invoke(app, ["list", "models", "--json"])
     assert set(json.loads(listed.stdout)) == set(load_plan().catalog.models)
     everything = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)
-    assert set(everything) == {*Catalog.model_fields, "claims", "studies"}
+    assert set(everything) == {*Catalog.model_fields, "groups", "claims", "studies"}
     assert everything["studies"]["smoke"]["file"] == "config/studies/smoke.yaml"
     assert "accuracy_gap" in CliRunner().invoke(app, ["list", "claims"]).stdout
     wrong = CliRunner().invoke(app, ["list", "model"])
@@ -288,3 +292,15 @@ def test_what_a_study_can_name_is_listed_without_torch(workdir):
     script = "import sys; from costbp.cli import app; app(['list'], standalone_mode=False)"
     script += "; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_a_group_stands_for_its_members(workdir):
+    study = Path("study.yaml")
+    block = {"models": ["minilm_lora"], "tasks": ["trec"], "budgets": ["units_240"]}
+    names = ["fzoo", "study", "zo_vanilla"]
+    study.write_text(yaml.safe_dump({"experiments": [{**block, "methods": names}]}))
+    methods = [cell.method for cell in load_plan([study]).cells()]
+    assert len(methods) == 16 and methods[:2] == ["fzoo", "bp_vanilla"]
+    Path("config/catalog/groups.yaml").unlink()
+    with pytest.raises(UserError, match="'study' is not in"):
+        load_plan([study])

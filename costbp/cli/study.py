@@ -24,13 +24,14 @@ from costbp.cli.app import (
     load,
 )
 from costbp.config.catalog import Catalog
+from costbp.config.groups import load_groups
 from costbp.config.load import DEFAULT
 from costbp.config.read import read_yaml
 from costbp.config.study import Plan, state
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
 
-KINDS = (*Catalog.model_fields, "claims", "studies")  # what `list` lists
+KINDS = (*Catalog.model_fields, "groups", "claims", "studies")  # what `list` lists
 
 
 @app.command()
@@ -285,7 +286,11 @@ def list_entries(
         )
 
 
-COLUMNS = {"claims": ("title", "reading"), "studies": ("file", "description")}
+COLUMNS = {
+    "groups": ("kind", "members"),
+    "claims": ("title", "reading"),
+    "studies": ("file", "description"),
+}
 
 
 def entries(study: Plan, kind: str) -> dict[str, dict[str, Any]]:
@@ -296,6 +301,13 @@ def entries(study: Plan, kind: str) -> dict[str, dict[str, Any]]:
         return {
             data["study"]: {"file": str(file), "description": data.get("description", "")}
             for file, data in read.items()
+        }
+    if kind == "groups":
+        groups = load_groups(study.study.catalog, study.catalog)
+        return {
+            name: {"kind": of, "members": ", ".join(members)}
+            for of, found in groups.items()
+            for name, members in found.items()
         }
     known = study.claims if kind == "claims" else getattr(study.catalog, kind)
     return {name: entry.model_dump(mode="json") for name, entry in known.items()}

@@ -15,6 +15,7 @@ from costbp.config.catalog import Catalog, FolderSource, LocalData, ModelEntry
 from costbp.config.claims import Claims, VariantClaim
 from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
+from costbp.config.groups import Names, load_groups
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
 from costbp.config.read import Loc, Sources, blame, dotted, overlay, read_yaml, validate, value_at
@@ -138,26 +139,9 @@ def load_plan(
     catalog = load_catalog(
         study.catalog, study.entries, blame(sources, ("entries",)) if study.entries else DEFAULT
     )
-    for index, block in enumerate(study.experiments):
-        for kind in Catalog.model_fields:
-            for place, name in enumerate(getattr(block, kind, ())):
-                if name not in getattr(catalog, kind):
-                    loc = ("experiments", index, kind, place)
-                    raise UserError(
-                        f"{blame(sources, loc)}: {dotted(loc)} = '{name}' is not in "
-                        f"{study.catalog / kind}.yaml; {suggest(name, getattr(catalog, kind))}"
-                    )
-        for place, name in enumerate(block.models):
-            model = catalog.models[name]
-            if not model.trains_here:
-                loc = ("experiments", index, "models", place)
-                usable = [key for key, entry in catalog.models.items() if entry.trains_here]
-                raise UserError(
-                    f"{blame(sources, loc)}: {dotted(loc)} = '{name}' serves `costbp cost` and "
-                    f"`costbp fit` alone (source {model.source.kind}, train {model.train.kind}); "
-                    f"allowed: {', '.join(usable)}"
-                )
-    _check_costs(study, catalog, sources)
+    names = Names(catalog, load_groups(study.catalog, catalog), study.catalog, sources)
+    study = _resolved(study, names)
+    _check_sweeps(study, catalog, sources)
     _check_paths(study, catalog, sources)
     tuned = {}
     if study.tuning.file.exists():
@@ -190,31 +174,42 @@ def _check_paths(study: Study, catalog: Catalog, sources: Sources) -> None:
                 raise UserError(f"{where}: {place} = '{local.path}': no such file or folder")
 
 
-def _check_costs(study: Study, catalog: Catalog, sources: Sources) -> None:
-    """Every name under ``costs`` is in the catalog."""
+def _resolved(study: Study, names: Names) -> Study:
+    """The study with entries in place of groups; every name it holds is known and can stand there."""
+    blocks = tuple(
+        names.resolve(block, ("experiments", index), _not_trained)
+        for index, block in enumerate(study.experiments)
+    )
+    costs = study.costs
+    if costs is not None:
+        costs = names.resolve(costs, ("costs",), _not_traced)
+        sweeps = {
+            name: names.resolve(sweep, ("costs", "sweeps", name), _not_traced)
+            for name, sweep in costs.sweeps.items()
+        }
+        fits = costs.fits and names.resolve(costs.fits, ("costs", "fits"), _not_traced)
+        costs = costs.model_copy(update={"sweeps": sweeps, "fits": fits})
+    return study.model_copy(update={"experiments": blocks, "costs": costs})
+
+
+def _not_trained(model: ModelEntry) -> str:
+    return (
+        ""
+        if model.trains_here
+        else f"serves `costbp cost` and `costbp fit` alone (source {model.source.kind}, train "
+        f"{model.train.kind})"
+    )
+
+
+def _not_traced(model: ModelEntry) -> str:
+    kind = model.source.kind
+    return "" if kind == "config" else f"can't be traced at full size (source {kind}, not config)"
+
+
+def _check_sweeps(study: Study, catalog: Catalog, sources: Sources) -> None:
+    """Every entry of a sweep can have its values."""
     if study.costs is None:
         return
-    parts: dict[Loc, Any] = {("costs",): study.costs}
-    if study.costs.fits is not None:
-        parts["costs", "fits"] = study.costs.fits
-    for name, sweep in study.costs.sweeps.items():
-        parts["costs", "sweeps", name] = sweep
-    for loc, part in parts.items():
-        models = getattr(part, "models", None) or (part.model,)
-        for kind, names in (("models", models), ("methods", part.methods or ())):
-            for name in names:
-                if name not in getattr(catalog, kind):
-                    raise UserError(
-                        f"{blame(sources, loc)}: {dotted((*loc, kind))}: '{name}' is not in "
-                        f"{study.catalog / kind}.yaml; {suggest(name, getattr(catalog, kind))}"
-                    )
-                if kind == "models" and catalog.models[name].source.kind != "config":
-                    usable = [k for k, m in catalog.models.items() if m.source.kind == "config"]
-                    raise UserError(
-                        f"{blame(sources, loc)}: {dotted((*loc, kind))}: '{name}' can't be traced "
-                        f"at full size (source {catalog.models[name].source.kind}, not config); "
-                        f"allowed: {', '.join(usable)}"
-                    )
     for name, sweep in study.costs.sweeps.items():
         methods = {key: catalog.methods[key] for key in sweep.methods or study.costs.methods}
         where = f"{blame(sources, ('costs', 'sweeps', name))}: costs.sweeps.{name}"

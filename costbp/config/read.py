@@ -158,7 +158,9 @@ def _explain(
         expected = str(context.get("expected") or context.get("expected_tags"))
         allowed = [part.strip(" '\"") for part in expected.replace(" or ", ",").split(",")]
         value = context.get("tag", problem["input"])
-        text = f"{dotted(plain)} = '{value}' is not known; {suggest(value, allowed)}"
+        text = f"unknown key '{value}'; {suggest(value, allowed)}"
+        if plain[-1] != "[key]":  # pydantic's name for a key of a mapping
+            text = f"{dotted(plain)} = '{value}' is not known; {suggest(value, allowed)}"
     else:
         value = problem["input"]
         shown = "" if isinstance(value, Mapping | list | tuple) else f" = {value!r}"

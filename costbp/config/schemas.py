@@ -14,7 +14,7 @@ from costbp.config.study import Study
 
 
 def schemas() -> dict[str, str]:
-    """File name -> JSON schema text, for the study, the claims and each catalog file."""
+    """File name -> JSON schema text, for the study, the claims and each file of the catalog."""
     models: dict[str, TypeAdapter[Any]] = {
         "study": TypeAdapter(Study),
         "claims": TypeAdapter(Claims),
