@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from costbp.analysis.captions import CAPTIONS
+from costbp.analysis.outputs import REPORT
 from costbp.config import Cell, load_plan
 from costbp.errors import UserError
 from costbp.files import write_text
@@ -74,7 +74,7 @@ rule all:
         REPORTS / "index.html",
         REPORTS / "tables" / "summary.md",
         REPORTS / "claims.md",
-        RESULTS / "mlflow.json",
+        RESULTS / "track.json",
 
 
 onsuccess:

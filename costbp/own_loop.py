@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from costbp.config.entries import Strict
-from costbp.config.load import overlaid, read_yaml, validate
+from costbp.config.load import overlaid
 from costbp.config.methods import MethodEntry
+from costbp.config.read import read_yaml, validate
 from costbp.errors import UserError, suggest
 from costbp.estimators.base import Estimate
 from costbp.estimators.probe import settle

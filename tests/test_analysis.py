@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib import import_module
+from typing import get_args
+
 import pandas as pd
 import pytest
 
-from costbp.analysis import readings, tables
-from costbp.analysis.claims import load_claims
-from costbp.analysis.costs import front_of
+from costbp.analysis import outputs, readings, tables
+from costbp.analysis.cost_figures import front_of
+from costbp.analysis.finding import Finding, how_worded, ledger_word
 from costbp.analysis.frames import Frames, at_units, first_reach
-from costbp.analysis.tables import metric_table
-from costbp.analysis.verdict import Reading, ledger_word
+from costbp.analysis.tables import metric_table, scale_line
 from costbp.config import load_plan
-from costbp.errors import UserError
+from costbp.config.claims import MemoryClaim, ReferenceClaim, VariantClaim
 from tests.conftest import ROOT
 
 CELL = {"model": "minilm_lora", "task": "trec", "budget": "units_400"}
@@ -50,7 +54,7 @@ def frames(accuracies: dict[str, list[float]], ends: dict[str, float]) -> Frames
 
 
 def claim(plan, name):
-    return load_claims(plan.study.claims)[name]
+    return plan.claims[name]
 
 
 def test_accuracy_gap(plan):
@@ -131,6 +135,11 @@ def test_the_gap_is_taken_where_all_runs_have_been(plan):
     data = Frames(runs, curves[~(late & (curves["forward_units"] > 200))], pd.DataFrame())
     reading = readings.gap_grows_with_d(plan, data, claim(plan, "scale"))
     assert reading.supporting == ["fmad_vanilla on trec: 10.0 -> 30.0 points at 200 units"]
+    assert "minilm_head and minilm_lora share one base: d is varied" in reading.definition
+    names = {"minilm_head": "roberta_base", "minilm_lora": "opt_13b"}
+    data.runs["model"], data.curves["model"] = (f["model"].map(names) for f in (runs, data.curves))
+    other = readings.gap_grows_with_d(plan, data, claim(plan, "scale"))
+    assert "opt_13b have different bases: more than d is varied" in other.definition
     assert reading.value == pytest.approx(20)
 
 
@@ -189,7 +198,7 @@ def test_a_reference_that_never_gets_there_counts_against(plan):
     ],
 )
 def test_verdicts_follow_from_counts(supporting, opposing, undecided, verdict):
-    reading = Reading("", "", None, ["+"] * supporting, ["-"] * opposing, ["?"] * undecided)
+    reading = Finding("", "", None, ["+"] * supporting, ["-"] * opposing, ["?"] * undecided)
     assert reading.verdict == verdict
 
 
@@ -209,16 +218,10 @@ def test_accuracy_at_units(plan):
     assert at_units(data.curves[data.curves["step"] > 0], 100).empty
 
 
-def test_unknown_reading_is_named(tmp_path):
-    text = (
-        (ROOT / "config/claims.yaml")
-        .read_text()
-        .replace("reading: accuracy_gap", "reading: acuracy_gap")
-    )
-    path = tmp_path / "claims.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError, match="did you mean 'accuracy_gap'"):
-        load_claims(path)
+def test_every_reading_that_a_claim_may_ask_for_is_there():
+    parts = (ReferenceClaim, MemoryClaim, VariantClaim)
+    allowed = {name for part in parts for name in get_args(part.model_fields["reading"].annotation)}
+    assert set(readings.READINGS) == allowed
 
 
 def test_words():
@@ -246,3 +249,26 @@ def test_further_metrics_have_a_table_of_their_own(plan):
     table = metric_table(plan, data)
     assert list(table.columns) == ["Model", "Task", "Method", "Exact match, %"]
     assert table["Exact match, %"].tolist() == ["37.5 (25.0-50.0)"]
+
+
+def test_every_figure_has_its_drawing_and_naming_them_is_quick():
+    for figure in (*outputs.REPORT, *outputs.COSTS):
+        module, function = figure.by.split(".")
+        assert callable(getattr(import_module(f"costbp.analysis.{module}"), function))
+    script = "import sys, costbp.analysis.outputs as o; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_caption_speaks_of_ranges_where_there_are_some():
+    figure = outputs.REPORT[-1]
+    assert "bars are their range" in figure.words(3) and "range" not in figure.words(1)
+
+
+def test_the_verdicts_are_worded_by_the_study_s_scale(plan):
+    assert "toy" in how_worded("reduced") and "verified or falsified" in how_worded("full")
+    assert "3 or 2" not in scale_line(plan) and "range over seeds" in scale_line(plan)
+    single = plan.study.model_copy(
+        update={"seeds": (0,), "experiments": plan.study.experiments[:1]}
+    )
+    line = scale_line(plan.model_copy(update={"study": single}))
+    assert "1 seed, budget of" in line and "range" not in line

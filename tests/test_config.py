@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from costbp.cli import app
 from costbp.config import Cell, load_plan
+from costbp.config.catalog import Catalog
 from costbp.config.schemas import schemas
 from costbp.errors import UserError
 from tests.conftest import ROOT
@@ -51,6 +57,15 @@ def edit(path: Path, old: str, new: str) -> None:
         ("catalog/models.yaml", "asset: minilm}", "asset: minilmm}", ["'minilmm'", "did you mean 'minilm'"]),
         ("catalog/tasks.yaml", "loader: trec", "loader: trek", ["'trek'", "did you mean 'trec'"]),
         ("catalog/tasks.yaml", "batch_size: 8", "batchsize: 8", ["did you mean 'batch_size'"]),
+        ("config.yaml", "[study]", "[studi]", ["experiments[0].methods[0] = 'studi'", "did you mean 'study'"]),
+        ("catalog/groups.yaml", "- bp_vanilla", "- bp_vanila", ["methods.study[0] = 'bp_vanila'", "did you mean 'bp_vanilla'"]),
+        ("catalog/groups.yaml", "  study:", "  zo_sparse:", ["methods.zo_sparse", "has this name, too"]),
+        ("catalog/groups.yaml", "\nmethods:", "\nmethod:", ["unknown key 'method'", "did you mean 'methods'"]),
+        ("claims.yaml", "reading: accuracy_gap", "reading: acuracy_gap", ["accuracy.reading = 'acuracy_gap'", "did you mean 'accuracy_gap'"]),
+        ("claims.yaml", "  reading: accuracy_gap\n", "", ["key 'accuracy.reading' is missing"]),
+        ("claims.yaml", "tolerance: 1.5", "tolerence: 1.5", ["unknown key 'memory.tolerence'", "did you mean 'tolerance'"]),
+        ("claims.yaml", "reading: accuracy_gap", "reading: accuracy_gap\n  tolerance: 2", ["unknown key 'accuracy.tolerance'"]),
+        ("claims.yaml", "fmad_accumulate: fmad_vanilla", "fmad_accumulate: fmad_vanila", ["variance_reduction.baselines", "did you mean 'fmad_vanilla'"]),
     ],
 )  # fmt: skip
 def test_mistakes(workdir, file, old, new, words):
@@ -69,8 +84,8 @@ def test_mistakes(workdir, file, old, new, words):
     [
         ("studies/full_size.yaml", "    - opt_13b", "    - opt_13", ["costs.models", "did you mean 'opt_13b'"]),
         ("studies/full_size.yaml", "    - opt_13b", "    - minilm_lora", ["costs.models", "source asset, not config"]),
-        ("studies/full_size.yaml", "    - bp_selective", "    - bp_selectiv", ["costs.methods", "did you mean 'bp_selective'"]),
-        ("studies/full_size.yaml", "      model: llama_3_1_8b", "      model: lama", ["costs.sweeps.plans.models", "'lama'"]),
+        ("studies/full_size.yaml", "[study, bp_selective]", "[study, bp_selectiv]", ["costs.methods", "did you mean 'bp_selective'"]),
+        ("studies/full_size.yaml", "      model: llama_3_1_8b", "      model: lama", ["costs.sweeps.plans.model", "'lama'"]),
         ("studies/full_size.yaml", "values: [2, 4, 8, 16, 32]", "values: [1, 2]", ["costs.sweeps.directions", "'spread' needs directions.count >= 2"]),
         ("studies/full_size.yaml", "[8GB, 16GB", "[8GB, 16XB", ["costs.fits.cards", "with a unit, as 24GB"]),
     ],
@@ -82,6 +97,30 @@ def test_mistakes_with_costs(workdir, file, old, new, words):
     for word in (Path(file).name, *words):
         assert word in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_study_needs_the_one_reference_of_its_claims(workdir):
+    block = {"models": ["minilm_lora"], "tasks": ["trec"], "budgets": ["units_240"]}
+    study = Path("study.yaml")
+    study.write_text(yaml.safe_dump({"experiments": [{**block, "methods": ["zo_vanilla"]}]}))
+    with pytest.raises(UserError, match=r"study.yaml: .*exactly one method.*bp_checkpointing"):
+        load_plan([study])
+
+
+def test_a_mistake_in_claims_ends_validate(workdir):
+    edit(workdir / "config/claims.yaml", "reading: accuracy_gap", "reading: acuracy_gap")
+    found = CliRunner().invoke(app, ["validate"])
+    assert found.exit_code != 0 and "did you mean 'accuracy_gap'" in str(found.exception)
+
+
+def test_a_change_of_claims_changes_no_run(workdir):
+    before = load_plan()
+    edit(workdir / "config/claims.yaml", "tolerance: 1.5", "tolerance: 2")
+    after = load_plan()
+    assert before.claims_key() != after.claims_key()
+    assert before.labels() == after.labels()
+    for cell in before.cells():
+        assert before.specs(cell) == after.specs(cell)
 
 
 def test_a_model_without_weights_is_not_trained(workdir):
@@ -136,10 +175,10 @@ def backprop(**options):
         (projected(CENTRAL | {"eps": -1e-3}), ["oracle.eps = -0.001", "greater than 0"]),
         (projected({"kind": "one_sided", "eps": 0}), ["oracle.eps = 0", "greater than 0"]),
         (projected(CENTRAL | {"batched": "allways"}), ["oracle.batched = 'allways'", "did you mean 'always'"]),
-        (projected({"kind": "centrel"}), ["oracle = 'centrel'", "did you mean 'central'"]),
+        (projected({"kind": "centrel"}), ["oracle.kind = 'centrel'", "did you mean 'central'"]),
         (projected(EXACT | {"eps": 1e-3}), ["unknown key", "oracle.eps", "allowed: chunk, kind"]),
-        (projected(directions={"kind": "gausian"}), ["directions = 'gausian'", "did you mean 'gaussian'"]),
-        (projected(directions={"kind": "lowrank"}), ["directions = 'lowrank'", "did you mean 'low_rank'"]),
+        (projected(directions={"kind": "gausian"}), ["directions.kind = 'gausian'", "did you mean 'gaussian'"]),
+        (projected(directions={"kind": "lowrank"}), ["directions.kind = 'lowrank'", "did you mean 'low_rank'"]),
         (projected(directions=ONE | {"rank": 2}), ["unknown key", "directions.rank", "allowed: count, kind"]),
         (sparse(fraction=0), ["directions.fraction = 0", "greater than 0"]),
         (sparse(fraction=1.01), ["directions.fraction = 1.01", "less than or equal to 1"]),
@@ -169,7 +208,7 @@ def backprop(**options):
         ({"estimator": {"kind": "hessian_informed", "smoothing": 0}}, ["estimator.smoothing = 0"]),
         ({"estimator": {"kind": "local_guess", "oracle": {"kind": "central"}}}, ["oracle.kind = 'central'", "allowed: exact"]),
         ({"estimator": {"kind": "python", "file": "missing.py"}}, ["there is no file missing.py"]),
-        ({"estimator": {"kind": "backprob"}}, ["estimator = 'backprob'", "did you mean 'backprop'"]),
+        ({"estimator": {"kind": "backprob"}}, ["estimator.kind = 'backprob'", "did you mean 'backprop'"]),
         ({"accumulat": 4}, ["unknown key 'methods.zo_vanilla.accumulat'", "did you mean 'accumulate'"]),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",
@@ -234,7 +273,34 @@ def test_schemas_are_in_step_and_accept_what_ships():
         path = ROOT / "workflow/schemas" / name
         assert path.read_text() == text, f"{name}: run `costbp schemas`"
         kind = name.removesuffix(".schema.json")
-        file = "config.yaml" if kind == "study" else f"catalog/{kind}.yaml"
+        files = {"study": "config.yaml", "claims": "claims.yaml"}
+        file = files.get(kind, f"catalog/{kind}.yaml")
         jsonschema.validate(
             yaml.safe_load((ROOT / "config" / file).read_text()), yaml.safe_load(text)
         )
+
+
+def test_what_a_study_can_name_is_listed_without_torch(workdir):
+    listed = CliRunner().invoke(app, ["list", "models", "--json"])
+    assert set(json.loads(listed.stdout)) == set(load_plan().catalog.models)
+    everything = json.loads(CliRunner().invoke(app, ["list", "--json"]).stdout)
+    assert set(everything) == {*Catalog.model_fields, "groups", "claims", "studies"}
+    assert everything["studies"]["smoke"]["file"] == "config/studies/smoke.yaml"
+    assert "accuracy_gap" in CliRunner().invoke(app, ["list", "claims"]).stdout
+    wrong = CliRunner().invoke(app, ["list", "model"])
+    assert "did you mean 'models'" in str(wrong.exception)
+    script = "import sys; from costbp.cli import app; app(['list'], standalone_mode=False)"
+    script += "; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_a_group_stands_for_its_members(workdir):
+    study = Path("study.yaml")
+    block = {"models": ["minilm_lora"], "tasks": ["trec"], "budgets": ["units_240"]}
+    names = ["fzoo", "study", "zo_vanilla"]
+    study.write_text(yaml.safe_dump({"experiments": [{**block, "methods": names}]}))
+    methods = [cell.method for cell in load_plan([study]).cells()]
+    assert len(methods) == 16 and methods[:2] == ["fzoo", "bp_vanilla"]
+    Path("config/catalog/groups.yaml").unlink()
+    with pytest.raises(UserError, match="'study' is not in"):
+        load_plan([study])

@@ -134,7 +134,7 @@ entries:
   tasks:
     gsm8k: {data: {kind: local, path: PATH}, batch_size: 2, validation: 2, test: 3}
 experiments:
-  - {models: [tiny_decoder], tasks: [gsm8k], methods: [bp_vanilla], budgets: [units_96]}
+  - {models: [tiny_decoder], tasks: [gsm8k], methods: [bp_checkpointing], budgets: [units_96]}
 paths: {reports: reports/mine}
 tuning: {file: config/tuned/mine.yaml}
 """

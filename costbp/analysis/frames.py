@@ -124,6 +124,16 @@ def load(folder: Path) -> Frames:
         ) from error
 
 
+def labelled(plan: Plan, frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame with its entries' labels as ``Model`` (up to a comma) and ``Method``, and ``family``."""
+    methods, models = plan.catalog.methods, plan.catalog.models
+    return frame.assign(
+        Method=[methods[name].label for name in frame["method"]],
+        Model=[models[name].label.split(",")[0] for name in frame["model"]],
+        family=[methods[name].family for name in frame["method"]],
+    )
+
+
 def at_units(curves: pd.DataFrame, units: float) -> pd.DataFrame:
     """Validation accuracy of each run at ``units`` forward units, linear between evaluations; a run
     that was first evaluated later is left out."""

@@ -1,8 +1,8 @@
 """The readings of claims: what the runs say, comparison by comparison.
 
-Each compares the reference (BP with checkpointing) with one FmAD or ZO method on one (model, task,
+Each compares the study's reference with one FmAD or ZO method on one (model, task,
 budget), or one method with another of its family, and files it: for the claim, against it, or
-undecided where seeds overlap or where a method learnt nothing that could be compared.
+undecided where seeds overlap or a method learnt nothing that could be compared.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 
 import pandas as pd
 
+from costbp.analysis.finding import Finding
 from costbp.analysis.frames import CELL, Frames, at_units, first_reach
-from costbp.analysis.verdict import Claim, Reading
+from costbp.config.claims import Claim, MemoryClaim, VariantClaim
 from costbp.config.study import Plan
-from costbp.errors import UserError
 from costbp.train.record import UNFIT
 
+CHANGED = 2  # points by which a gap must differ to count
 LEARNT = 0.05  # accuracy above the majority class from which a run counts as having learnt
 
 
@@ -47,25 +48,9 @@ class Pair:
                 yield run, others[run.seed]
 
 
-def reference_method(plan: Plan) -> str:
-    """The method of the study that claims compare the others with.
-
-    Raises:
-        UserError: the study has none, or several.
-    """
-    used = dict.fromkeys(cell.method for cell in plan.cells())
-    found = [name for name in used if plan.catalog.methods[name].reference]
-    if len(found) != 1:
-        raise UserError(
-            f"study '{plan.name}': claims need exactly one method with `reference: true` "
-            f"(bp_checkpointing in the shipped catalog), found {found or 'none'}"
-        )
-    return found[0]
-
-
 def pairs(plan: Plan, frames: Frames) -> Iterator[Pair]:
     """Every comparison of the reference with an FmAD or ZO method."""
-    reference = reference_method(plan)
+    reference = plan.reference
     for (model, task, budget), group in _scored(frames).groupby(
         ["model", "task", "budget"], sort=False
     ):
@@ -80,47 +65,55 @@ def _scored(frames: Frames) -> pd.DataFrame:
     return frames.runs[~frames.runs["outcome"].isin(UNFIT)]
 
 
-def accuracy_gap(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
-        "Test accuracy at the end of an equal budget, reference minus other method, mean over "
-        "seeds. Decided where no seed of one reaches any seed of the other, and every seed of one "
-        "has left the majority class by 5 points."
+def accuracy_gap(plan: Plan, frames: Frames, claim: Claim) -> Finding:
+    finding = Finding(
+        f"Test accuracy at the end of an equal budget, {_reference(plan)} minus other method, mean "
+        "over seeds. Decided where no seed of one reaches any seed of the other, and every seed of "
+        f"one has left the majority class by {100 * LEARNT:g} points."
     )
     gaps = []
     for pair in pairs(plan, frames):
         ours, theirs = (f["test_accuracy"].fillna(0) for f in (pair.reference, pair.other))
-        gaps.append(
-            (ours.mean() - theirs.mean(), ours.mean() / max(theirs.mean(), 1e-9) - 1, pair.name)
-        )
+        gap = ours.mean() - theirs.mean()
+        gaps.append((gap, ours.mean() / max(theirs.mean(), 1e-9) - 1, pair.name))
         learnt = max(ours.min(), theirs.min()) >= pair.reference["majority"].max() + LEARNT
-        apart = _apart(ours, theirs, higher=True) if learnt else None
-        words = "" if learnt else ", neither left the majority class"
-        reading.sort(f"{pair.name}: {100 * gaps[-1][0]:+.1f} points{words}", apart)
+        words = "" if learnt else ", neither left the majority class in all its seeds"
+        finding.sort(
+            f"{pair.name}: {100 * gap:+.1f} points{words}", _apart(ours, theirs) if learnt else None
+        )
     if gaps:
         gap, relative, name = max(gaps)
-        lowest = min(gaps)[0]
-        reading.value = 100 * gap
-        reading.measured = (
-            f"{100 * lowest:+.1f} to {100 * gap:+.1f} points "
+        finding.value = 100 * gap
+        finding.measured = (
+            f"{100 * min(gaps)[0]:+.1f} to {100 * gap:+.1f} points "
             f"(largest: {100 * relative:+.0f} % relative, {name})"
         )
-    return reading
+    return finding
 
 
-def _apart(ours: pd.Series, theirs: pd.Series, *, higher: bool) -> bool | None:
-    """True if all of ours are better than all of theirs, False if all are worse, else None."""
-    first, second = (ours, theirs) if higher else (theirs, ours)
-    if first.min() > second.max():
+def _reference(plan: Plan) -> str:
+    return plan.catalog.methods[plan.reference].label
+
+
+def _apart(ours: pd.Series, theirs: pd.Series) -> bool | None:
+    """True if all of ours are higher than all of theirs, False if all are lower, else None."""
+    if ours.min() > theirs.max():
         return True
-    return False if first.max() < second.min() else None
+    return False if ours.max() < theirs.min() else None
 
 
-def _to_same_accuracy(plan: Plan, frames: Frames, column: str, reading: Reading) -> list[float]:
+def _to_same_accuracy(
+    plan: Plan, frames: Frames, column: str, what: str
+) -> tuple[Finding, list[float]]:
     """Ratios other/reference of ``column`` at the accuracy that the other method ends with.
 
     Seeds are paired. Runs that ended within 5 points of the majority class, or at the accuracy
     they started from, learnt nothing that a time could be measured to: undecided.
     """
+    finding = Finding(
+        f"{what} to the validation accuracy that the other method ends its budget with, other over "
+        f"{_reference(plan)} (first crossing, linear between evaluations, seeds paired)."
+    )
     ratios = []
     for pair in pairs(plan, frames):
         found = []
@@ -131,69 +124,64 @@ def _to_same_accuracy(plan: Plan, frames: Frames, column: str, reading: Reading)
             needed = first_reach(pair.curve(ours), target, column)
             if target < theirs.majority + LEARNT or not spent:
                 continue
-            found.append(spent / needed if needed else (float("inf") if needed == 0 else 0.0))
+            found.append(spent / needed if needed else (math.inf if needed == 0 else 0.0))
         if len(found) < len(pair.other):
-            reading.sort(f"{pair.name}: did not leave the majority class in every seed", None)
+            finding.sort(f"{pair.name}: not every seed left the majority class and its start", None)
             continue
-        finite = [ratio for ratio in found if ratio != float("inf")]
+        finite = [ratio for ratio in found if ratio != math.inf]
         ratio = statistics.geometric_mean(finite) if finite and min(finite) > 0 else min(found)
+        words = {0.0: "reference never got there", math.inf: "reference starts there"}
         verdict = None if min(found) <= 1 <= max(found) else min(found) > 1
-        words = {0.0: "reference never got there", float("inf"): "reference starts there"}
-        note = words.get(ratio, f"{ratio:.1f}x")
-        reading.sort(f"{pair.name}: {note}", verdict)
-        if ratio not in (0.0, float("inf")):
+        finding.sort(f"{pair.name}: {words.get(ratio, f'{ratio:.1f}x')}", verdict)
+        if ratio not in words:
             ratios.append(ratio)
-    return ratios
+    return finding, ratios
 
 
-def time_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
-        "Training seconds to the validation accuracy that the other method ends its budget with "
-        "(first crossing, linear between evaluations, seeds paired)."
-    )
-    ratios = _to_same_accuracy(plan, frames, "seconds", reading)
+def time_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Finding:
+    finding, ratios = _to_same_accuracy(plan, frames, "seconds", "Training seconds")
     if ratios:
         low, high = (100 * (1 - 1 / ratio) for ratio in (min(ratios), max(ratios)))
-        reading.value = high
-        reading.measured = f"{low:.1f} to {high:.1f} % less time"
-    return reading
+        finding.value = high
+        finding.measured = f"{low:.1f} to {high:.1f} % less time"
+    return finding
 
 
-def flops_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
-        "FLOPs to the validation accuracy that the other method ends its budget with, other over "
-        "reference (first crossing, linear between evaluations, seeds paired)."
-    )
-    ratios = _to_same_accuracy(plan, frames, "flops", reading)
+def flops_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Finding:
+    finding, ratios = _to_same_accuracy(plan, frames, "flops", "FLOPs")
     if ratios:
-        reading.value = max(ratios)
-        reading.measured = f"{min(ratios):.1f}x to {max(ratios):.1f}x"
-    return reading
+        finding.value = max(ratios)
+        finding.measured = f"{min(ratios):.1f}x to {max(ratios):.1f}x"
+    return finding
 
 
 def _compare_costs(
     plan: Plan,
     frames: Frames,
-    reading: Reading,
+    definition: str,
     ratio: Callable[[Any, Any], float],
     supports: Callable[[float], bool],
     words: str = "{}",
     families: tuple[str, ...] = ("fmad", "zo"),
-) -> Reading:
+) -> Finding:
     """File ``ratio(reference, other)`` of the cost table's rows for every method of ``families``,
     on models that run more than a head."""
-    reference, found = reference_method(plan), []
-    for (model, task), group in frames.costs.groupby(["model", "task"], sort=False):
+    heads = dict.fromkeys(frames.costs.loc[frames.costs["seq"] == 0, "model"])
+    left_out = f" Without {', '.join(heads)}, of which only the head runs." if heads else ""
+    finding, found = Finding(definition + left_out), []
+    for (model, task), group in frames.costs[frames.costs["seq"] > 0].groupby(
+        ["model", "task"], sort=False
+    ):
         rows = {str(row.method): row for row in group.itertuples()}
         for method, row in rows.items():
-            if plan.catalog.methods[method].family in families and reference in rows and row.seq:
-                found.append(ratio(rows[reference], row))
+            if plan.catalog.methods[method].family in families and plan.reference in rows:
+                found.append(ratio(rows[plan.reference], row))
                 name = f"{method} on {model}/{task}: {found[-1]:.2f}x"
-                reading.sort(name, supports(found[-1]))
+                finding.sort(name, supports(found[-1]))
     if found:
-        reading.value = max(found)
-        reading.measured = words.format(f"{min(found):.2f}x to {max(found):.2f}x")
-    return reading
+        finding.value = max(found)
+        finding.measured = words.format(f"{min(found):.2f}x to {max(found):.2f}x")
+    return finding
 
 
 def _memory_ratio(ours: Any, theirs: Any) -> float:
@@ -201,88 +189,93 @@ def _memory_ratio(ours: Any, theirs: Any) -> float:
     return first / second
 
 
-def flops_per_step(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
-        "Counted FLOPs of one optimiser step, other over reference; models that run their encoder."
-    )
-    return _compare_costs(
-        plan, frames, reading, lambda ours, theirs: theirs.flops / ours.flops, lambda x: x > 1
-    )
-
-
-def memory_comparable(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
-        f"Peak bytes of one step beyond weights, reference over other; comparable means at most "
-        f"{claim.tolerance:g}x. Models that run their encoder."
-    )
+def flops_per_step(plan: Plan, frames: Frames, claim: Claim) -> Finding:
     return _compare_costs(
         plan,
         frames,
-        reading,
+        f"Counted FLOPs of one optimiser step, other over {_reference(plan)}.",
+        lambda ours, theirs: theirs.flops / ours.flops,
+        lambda x: x > 1,
+    )
+
+
+def memory_comparable(plan: Plan, frames: Frames, claim: MemoryClaim) -> Finding:
+    return _compare_costs(
+        plan,
+        frames,
+        f"Peak bytes of one step beyond weights, {_reference(plan)} over other; comparable means at "
+        f"most {claim.tolerance:g}x.",
         _memory_ratio,
         lambda x: x <= claim.tolerance,
         "{} of the other's",
     )
 
 
-def zo_needs_least_memory(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
-        "Peak bytes of one step beyond weights, checkpointed BP over ZO; models that run their "
-        "encoder."
-    )
+def zo_needs_least_memory(plan: Plan, frames: Frames, claim: Claim) -> Finding:
     return _compare_costs(
         plan,
         frames,
-        reading,
+        f"Peak bytes of one step beyond weights, {_reference(plan)} over ZO.",
         _memory_ratio,
         lambda x: x > 1,
-        "BP-Checkpointing needs {}",
+        f"{_reference(plan)} needs {{}}",
         families=("zo",),
     )
 
 
-def gap_grows_with_d(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
-        "Validation accuracy of the reference minus the other's at the same number of forward "
-        "units, the most that all runs compared have reached, for two sizes d of the trainable "
-        "vector on one encoder: d is varied here, not the size of the model. Decided where the gap "
-        "differs by more than 2 points."
+def gap_grows_with_d(plan: Plan, frames: Frames, claim: Claim) -> Finding:
+    finding = Finding(
+        f"Validation accuracy of {_reference(plan)} minus the other's at the same number of forward "
+        "units, the most that all runs compared have reached, on each task's models with the "
+        "smallest and the largest trainable vector. Decided where the gap differs by more than "
+        f"{CHANGED:g} points."
     )
-    reference = reference_method(plan)
-    sizes = frames.runs.groupby("model")["d"].max().sort_values()
-    if len(sizes) < 2 or sizes.iloc[0] == sizes.iloc[-1]:
-        return reading
-    small, large = sizes.index[0], sizes.index[-1]
     curves = dict(list(frames.curves.groupby(["model", "task", "method"], sort=False)))
     changes, spent = [], []
-    for model, task, method in curves:
-        keys = [(m, task, k) for m in (small, large) for k in (reference, method)]
-        family = plan.catalog.methods[method].family
-        if model != large or family == "bp" or any(key not in curves for key in keys):
+    compared: dict[tuple[str, str], None] = {}
+    for task, runs in frames.runs.groupby("task", sort=False):
+        sizes = runs.groupby("model")["d"].max().sort_values()
+        small, large = sizes.index[0], sizes.index[-1]
+        if sizes[small] == sizes[large]:
             continue
-        units = min(curves[key].groupby("seed")["forward_units"].max().min() for key in keys)
-        scores = [at_units(curves[key], units)["accuracy"].mean() for key in keys]
-        if any(map(math.isnan, scores)):
-            continue
-        few, many = scores[0] - scores[1], scores[2] - scores[3]
-        changes.append(100 * (many - few))
-        spent.append(units)
-        verdict = None if abs(changes[-1]) <= 2 else changes[-1] > 0
-        reading.sort(
-            f"{method} on {task}: {100 * few:.1f} -> {100 * many:.1f} points at {units:.0f} units",
-            verdict,
-        )
+        for method in dict.fromkeys(runs["method"]):
+            keys = [(m, task, k) for m in (small, large) for k in (plan.reference, method)]
+            family = plan.catalog.methods[method].family
+            if family == "bp" or any(key not in curves for key in keys):
+                continue
+            units = min(curves[key].groupby("seed")["forward_units"].max().min() for key in keys)
+            scores = [at_units(curves[key], units)["accuracy"].mean() for key in keys]
+            if any(map(math.isnan, scores)):
+                continue
+            few, many = (100 * (scores[i] - scores[i + 1]) for i in (0, 2))
+            changes.append(many - few)
+            spent.append(units)
+            compared[small, large] = None
+            verdict = None if abs(changes[-1]) <= CHANGED else changes[-1] > 0
+            finding.sort(
+                f"{method} on {task}: {few:.1f} -> {many:.1f} points at {units:.0f} units", verdict
+            )
     if changes:
-        reading.value = statistics.mean(changes)
-        reading.measured = (
+        finding.value = statistics.mean(changes)
+        names = ", ".join(f"{small} -> {large}" for small, large in compared)
+        finding.measured = (
             f"gap changes by {min(changes):+.1f} to {max(changes):+.1f} points at {min(spent):.0f} "
-            f"to {max(spent):.0f} units ({small} -> {large})"
+            f"to {max(spent):.0f} units ({names})"
         )
-    return reading
+        finding.definition += "".join(f" {_varied(plan, *names)}" for names in compared)
+    return finding
 
 
-def beats_its_baseline(plan: Plan, frames: Frames, claim: Claim) -> Reading:
-    reading = Reading(
+def _varied(plan: Plan, small: str, large: str) -> str:
+    """What differs between two models: the trainable vector alone, or what it is laid on, too."""
+    first, second = (plan.catalog.models[name] for name in (small, large))
+    if first.source == second.source:
+        return f"{small} and {large} share one base: d is varied, not the size of the model."
+    return f"{small} and {large} have different bases: more than d is varied."
+
+
+def beats_its_baseline(plan: Plan, frames: Frames, claim: VariantClaim) -> Finding:
+    finding = Finding(
         "Test accuracy at the end of an equal budget, each method of the claim minus its baseline, "
         "mean over seeds. Decided where no seed of one reaches any seed of the other."
     )
@@ -296,14 +289,14 @@ def beats_its_baseline(plan: Plan, frames: Frames, claim: Claim) -> Reading:
                 ours, theirs = scores[method], scores[baseline]
                 gaps.append(100 * (ours.mean() - theirs.mean()))
                 name = f"{method} against {baseline} on {model}/{task}/{budget}"
-                reading.sort(f"{name}: {gaps[-1]:+.1f} points", _apart(ours, theirs, higher=True))
+                finding.sort(f"{name}: {gaps[-1]:+.1f} points", _apart(ours, theirs))
     if gaps:
-        reading.value = statistics.mean(gaps)
-        reading.measured = f"{min(gaps):+.1f} to {max(gaps):+.1f} points"
-    return reading
+        finding.value = statistics.mean(gaps)
+        finding.measured = f"{min(gaps):+.1f} to {max(gaps):+.1f} points"
+    return finding
 
 
-READINGS: Mapping[str, Callable[[Plan, Frames, Claim], Reading]] = {
+READINGS: Mapping[str, Callable[[Plan, Frames, Any], Finding]] = {
     function.__name__: function
     for function in (
         accuracy_gap,

@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from costbp.analysis.captions import CAPTIONS
 from costbp.analysis.claims import judge
+from costbp.analysis.finding import how_worded
 from costbp.analysis.frames import Frames
-from costbp.analysis.readings import reference_method
+from costbp.analysis.outputs import REPORT
+from costbp.analysis.readings import LEARNT
 from costbp.analysis.tables import (
     HEADERS,
     cost_line,
@@ -27,28 +28,29 @@ from costbp.config.study import Plan
 from costbp.files import write_json, write_text
 from costbp.train.record import NOISE
 
+NAMES = {"fmad": "FmAD", "zo": "ZO"}
+
 
 def headline(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
-    """Outcome first: per (model, task, budget) the best method of each family."""
+    """Outcome first: per (model, task, budget) the reference and the best method of each other family."""
     cards = []
-    reference = plan.catalog.methods[reference_method(plan)].label
     for (model, task, budget), runs in frames.runs.groupby(["model", "task", "budget"], sort=False):
-        mean = runs.groupby("method")["test_accuracy"].mean()
+        mean = runs.groupby("method")["test_accuracy"].mean().dropna()
         rows = []
-        for family, title in (("bp", reference), ("fmad", "best FmAD"), ("zo", "best ZO")):
+        for family in ("bp", *NAMES):
             names = set(runs.loc[runs["family"] == family, "method"])
-            names &= {reference_method(plan)} if family == "bp" else names
-            scored = mean[mean.index.isin(names)].dropna()
+            scored = mean[mean.index.isin({plan.reference} if family == "bp" else names)]
             if scored.empty:
                 continue
             name = scored.idxmax()
-            part = runs[runs["method"] == name]
             label = plan.catalog.methods[name].label
+            best = f"best {NAMES[family]}: " if family != "bp" else ""
+            accuracy = spread(runs.loc[runs["method"] == name, "test_accuracy"], 100)
             rows.append(
                 {
-                    "title": title if family == "bp" else f"{title}: {label}",
-                    "accuracy": spread(part["test_accuracy"], 100),
-                    "value": float(scored.max()),
+                    "title": best + label,
+                    "accuracy": accuracy,
+                    "value": scored.max(),
                     "family": family,
                 }
             )
@@ -73,40 +75,48 @@ def unusual(frames: Frames) -> pd.DataFrame:
 
 def notes(plan: Plan, frames: Frames) -> list[str]:
     """What a reader must know to read the figures right; each sentence follows from the data."""
+    cards = headline(plan, frames)
+    shown = dict.fromkeys(row["family"] for card in cards for row in card["rows"])
+    best = " and ".join(NAMES[family] for family in shown if family in NAMES)
+    chosen = (
+        f" The cards show the best {best} method by that very accuracy, a choice in their favour."
+    )
     found = [
         "A forward unit is the FLOPs of one no-grad forward of one batch. Evaluation is not "
         "charged; a run stops before the step that would exceed its budget.",
         "Curves show the validation split; the summary's accuracy is measured once, on the test "
-        "split, at the end of the budget. The cards show the best FmAD and ZO method by that very "
-        "accuracy, a choice in their favour.",
+        "split, at the end of the budget." + (chosen if best else ""),
     ]
-    heads = [m for m, _ in plan.pairs() if plan.catalog.models[m].reads_features]
-    if heads:
-        labels = ", ".join(plan.catalog.models[m].label for m in dict.fromkeys(heads))
+    models = (
+        plan.catalog.models[name] for name in dict.fromkeys(model for model, _ in plan.pairs())
+    )
+    if heads := ", ".join(model.label for model in models if model.reads_features):
         found.append(
-            f"{labels}: the frozen encoder's features are computed once and cached, so the unit is "
+            f"{heads}: the frozen encoder's features are computed once and cached, so the unit is "
             "the forward of what still runs, the head. Units of different models can't be added "
             "or compared, and checkpointing has nothing to recompute there."
         )
     tuned = sum(plan.optimizer(c)[1] == str(plan.study.tuning.file) for c in plan.cells())
     total = sum(1 for _ in plan.cells())
-    trials = len(plan.catalog.methods[next(plan.cells()).method].trials)
-    found.append(
-        f"Optimiser and learning rate: {tuned} of {total} experiments use the choice of {trials} "
-        f"trials on the validation split ({plan.study.tuning.file}), the same number for every "
-        f"method; {total - tuned} use the catalog's default."
-    )
+    trials = len(plan.catalog.methods[plan.reference].trials)
+    choices = {
+        f"{tuned} of {total} experiments use the choice of {trials} trials on the validation split "
+        f"({plan.study.tuning.file}), the same number for every method": tuned,
+        f"{total - tuned} of {total} use the catalog's default": total - tuned,
+    }
+    used = "; ".join(text for text, count in choices.items() if count)
+    found.append(f"Optimiser and learning rate: {used}.")
     found += differences(plan, frames)
-    best = [c for c in headline(plan, frames) if any(r["family"] == "bp" for r in c["rows"])]
-    stuck = []
-    for card in best:
-        for row in card["rows"]:
-            if row["family"] != "bp" and row["value"] < card["majority"] + 0.05:
-                stuck.append(f"{row['title']} on {card['task']} ({card['model']})")
+    stuck = [
+        f"{row['title']} on {card['task']} ({card['model']})"
+        for card in cards
+        for row in card["rows"]
+        if row["family"] in NAMES and row["value"] < card["majority"] + LEARNT
+    ]
     if stuck:
         found.append(
-            "Within this budget not even these left the majority class by more than 5 points, so "
-            "nothing can be said of their convergence: " + "; ".join(stuck) + "."
+            f"Within this budget not even these left the majority class by {100 * LEARNT:g} points, "
+            f"so nothing can be said of their convergence: {'; '.join(stuck)}."
         )
     return found
 
@@ -196,7 +206,8 @@ def render(template: str, **values: Any) -> str:
 
 def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
     """``index.html``: one file that needs nothing else."""
-    images = {name: embedded(folder / "figures" / f"{name}.png") for name in CAPTIONS}
+    seeds = max(len(plan.seeds(cell)) for cell in plan.cells())
+    pictures = folder / "figures"
     claims = json.loads((folder / "claims.json").read_text())["claims"]
     methods = dict.fromkeys(cell.method for cell in plan.cells())
     text = render(
@@ -205,12 +216,13 @@ def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
         scale=scale_line(plan),
         cards=headline(plan, frames),
         claims=claims,
+        verdicts=how_worded(plan.study.scale),
         summary=readable(plan, frames).rename(columns=HEADERS),
         metrics=metric_table(plan, frames),
         costs=cost_table(plan, frames),
         cost_line=cost_line(frames),
         unusual=unusual(frames),
-        figures={name: (caption, images[name]) for name, caption in CAPTIONS.items()},
+        figures={f.name: (f.words(seeds), embedded(pictures / f"{f.name}.png")) for f in REPORT},
         notes=notes(plan, frames),
         methods={name: plan.catalog.methods[name] for name in methods},
         choices=frames.runs.groupby(["model", "task", "method"], sort=False)["optimizer"]

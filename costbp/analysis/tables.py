@@ -206,11 +206,13 @@ def latex(table: pd.DataFrame, caption: str) -> str:
 
 def scale_line(plan: Plan) -> str:
     """What the figures rest on, in one sentence."""
-    seeds = " or ".join(map(str, sorted({len(plan.seeds(cell)) for cell in plan.cells()})))
-    labels = [plan.catalog.budgets[b].label for b in dict.fromkeys(c.budget for c in plan.cells())]
+    seeds = sorted({len(plan.seeds(cell)) for cell in plan.cells()})
+    budgets = dict.fromkeys(cell.budget for cell in plan.cells())
+    labels = " and ".join(plan.catalog.budgets[name].label for name in budgets)
     return (
-        f"Study '{plan.name}' ({plan.study.scale} scale): {seeds} seeds, budgets of "
-        f"{' and '.join(labels)}; mean and, in brackets, range over seeds."
+        f"Study '{plan.name}' ({plan.study.scale} scale): {' or '.join(map(str, seeds))} "
+        f"seed{'s' * (seeds[-1] > 1)}, budget{'s' * (len(budgets) > 1)} of {labels}"
+        + ("; mean and, in brackets, range over seeds." if seeds[-1] > 1 else ".")
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,9 +23,15 @@ from costbp.cli.app import (
     known,
     load,
 )
-from costbp.config.study import state
+from costbp.config.catalog import Catalog
+from costbp.config.groups import load_groups
+from costbp.config.load import DEFAULT
+from costbp.config.read import read_yaml
+from costbp.config.study import Plan, state
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
+
+KINDS = (*Catalog.model_fields, "groups", "claims", "studies")  # what `list` lists
 
 
 @app.command()
@@ -115,7 +122,7 @@ def train(
 
 
 @app.command()
-def tune(
+def trials(
     model: Model,
     task: Task,
     method: Method,
@@ -124,7 +131,7 @@ def tune(
     plan: Frozen = None,
     out: Out = None,
 ) -> None:
-    """Run the tuning trials of one experiment on the validation split."""
+    """Run the trials of learning rates of one experiment, on the validation split."""
     from costbp.train.experiment import write_manifest
     from costbp.train.tune import run_trials, score
 
@@ -138,12 +145,12 @@ def tune(
 
 
 @app.command()
-def tuned(config: Config = None, plan: Frozen = None, out: Out = None) -> None:
-    """Write the choices of all tuning trials to the study's tuning file."""
-    from costbp.train.tune import collect
+def tune(config: Config = None, plan: Frozen = None, out: Out = None) -> None:
+    """Choose learning rates by the trials, and write them to the study's tuning file."""
+    from costbp.train.tune import write_choices
 
     study = load(config, plan)
-    collect(study, out or study.study.tuning.file)
+    write_choices(study, out or study.study.tuning.file)
 
 
 @app.command()
@@ -256,17 +263,55 @@ def status(
 
 
 @app.command(name="list")
-def list_entries(config: Config = None) -> None:
-    """List the catalog: methods, models, tasks, budgets, and the study's experiments."""
+def list_entries(
+    kind: Annotated[str | None, typer.Argument(help=f"One of {', '.join(KINDS)}.")] = None,
+    config: Config = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Whole entries, by kind and name.")
+    ] = False,
+) -> None:
+    """List what a study can name: entries of the catalog, claims, and the studies that ship."""
     study = load(config, None)
-    for kind in ("methods", "models", "tasks", "budgets"):
-        entries = getattr(study.catalog, kind)
+    if kind not in (None, *KINDS):
+        raise UserError(f"list {kind}: no such kind; {suggest(kind, KINDS)}")
+    found = {name: entries(study, name) for name in KINDS if kind in (None, name)}
+    if as_json:
+        print(json.dumps(found if kind is None else found[kind], indent=2))
+        return
+    for name, rows in found.items():
+        head = ("name", *COLUMNS.get(name, ("label", "notes")))
         table(
-            kind,
-            ("name", "label", "notes"),
-            [(n, e.label, e.notes or "") for n, e in entries.items()],
+            name,
+            head,
+            [(key, *(str(row.get(c) or "") for c in head[1:])) for key, row in rows.items()],
         )
-    print(f"study {study.name}: {sum(1 for _ in study.cells())} experiments, {study.runs} runs")
+
+
+COLUMNS = {
+    "groups": ("kind", "members"),
+    "claims": ("title", "reading"),
+    "studies": ("file", "description"),
+}
+
+
+def entries(study: Plan, kind: str) -> dict[str, dict[str, Any]]:
+    """Name -> keys of every entry of a kind."""
+    if kind == "studies":
+        files = [DEFAULT, *sorted((DEFAULT.parent / "studies").glob("*.yaml"))]
+        read = {file: read_yaml(file) for file in files}
+        return {
+            data["study"]: {"file": str(file), "description": data.get("description", "")}
+            for file, data in read.items()
+        }
+    if kind == "groups":
+        groups = load_groups(study.study.catalog, study.catalog)
+        return {
+            name: {"kind": of, "members": ", ".join(members)}
+            for of, found in groups.items()
+            for name, members in found.items()
+        }
+    known = study.claims if kind == "claims" else getattr(study.catalog, kind)
+    return {name: entry.model_dump(mode="json") for name, entry in known.items()}
 
 
 @app.command()

@@ -1,171 +1,29 @@
-"""Reading configuration: overlays, cross references, and errors that a user can act on."""
+"""A catalog and a plan from their files, every reference between them checked."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
 from costbp.config.catalog import Catalog, LocalData, ModelEntry
+from costbp.config.claims import Claims, VariantClaim
 from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
+from costbp.config.groups import Names, load_groups
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
+from costbp.config.read import Loc, Sources, blame, dotted, overlay, read_yaml, validate, value_at
 from costbp.config.sources import FolderSource
 from costbp.config.study import Plan, Study
 from costbp.errors import UserError, suggest
 
 DEFAULT = Path("config/config.yaml")
 Model = TypeVar("Model", bound=BaseModel)
-Loc = tuple[int | str, ...]
-
-
-def read_yaml(path: Path) -> Any:
-    """Parse one YAML file.
-
-    Raises:
-        UserError: the file is missing or is not YAML; names file and line.
-    """
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file (run from the repository's root)") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}:{where} is not valid YAML ({getattr(error, 'problem', error)})"
-        ) from error
-
-
-def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``top`` laid over it: mappings of one ``kind`` merge, anything else (lists too)
-    is replaced."""
-    merged = dict(deepcopy(base))
-    for key, value in top.items():
-        below = merged.get(key)
-        both = (
-            isinstance(value, Mapping)
-            and isinstance(below, Mapping)
-            and value.get("kind", below.get("kind")) == below.get("kind")
-        )
-        merged[key] = overlay(merged[key], value) if both else deepcopy(value)
-    return merged
-
-
-def dotted(loc: Loc) -> str:
-    """``experiments[0].methods[2]`` from pydantic's location tuple."""
-    text = ""
-    for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
-
-
-def _value_at(data: Any, loc: Loc) -> Any:
-    for part in loc:
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return data
-
-
-def _plain(data: Any, loc: Loc) -> Loc:
-    """``loc`` as a user wrote it: without the tags of unions, which are no keys of the file."""
-    plain: Loc = ()
-    for index, part in enumerate(loc):
-        if _value_at(data, (*plain, part)) is not None or index == len(loc) - 1:
-            plain = (*plain, part)
-    return plain
-
-
-def _fields_at(model: type[BaseModel], loc: Loc) -> list[str]:
-    """The keys allowed at ``loc``, found by walking the models' annotations."""
-    models: list[type[BaseModel]] = [model]
-    for part in loc:
-        tagged = [m for m in models if "kind" in m.model_fields and _may_be(m, part)]
-        if tagged:  # a union's tag, which is no key of the file
-            models = tagged
-            continue
-        reached: list[type[BaseModel]] = []
-        for candidate in models:
-            field = candidate.model_fields.get(str(part))
-            if field is not None:
-                reached += _models_in(field.annotation)
-            else:  # a dictionary's key or a list's place: stay
-                reached.append(candidate)
-        models = reached
-    return sorted({name for candidate in models for name in candidate.model_fields})
-
-
-def _may_be(model: type[BaseModel], kind: int | str) -> bool:
-    return kind in get_args(model.model_fields["kind"].annotation)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _models_in(part)]
-
-
-def _blame(sources: Sequence[tuple[Path, Any]], loc: Loc) -> Path:
-    """The last file that sets the key (or the nearest parent of it)."""
-    for depth in range(len(loc), 0, -1):
-        for path, data in reversed(sources):
-            if _value_at(data, loc[:depth]) is not None:
-                return path
-    return sources[-1][0]
-
-
-def validate(model: type[Model], data: Any, sources: Sequence[tuple[Path, Any]]) -> Model:
-    """Validate ``data``, whose parts come from ``sources`` (file, content), into ``model``.
-
-    Raises:
-        UserError: one line naming file, key, value and what is allowed.
-    """
-    try:
-        return TypeAdapter(model).validate_python(data)
-    except ValidationError as error:
-        # a misspelt key also makes the right one missing: name the misspelling
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        raise UserError(_explain(model, data, sources, first, error.error_count())) from None
-
-
-def _explain(
-    model: type[BaseModel],
-    data: Any,
-    sources: Sequence[tuple[Path, Any]],
-    problem: Any,
-    count: int,
-) -> str:
-    loc: Loc = tuple(problem["loc"])
-    plain = _plain(data, loc)
-    file, kind, context = _blame(sources, plain), problem["type"], problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        allowed = _fields_at(model, loc[:-1])
-        text = f"unknown key '{dotted(plain)}'; {suggest(loc[-1], allowed)}"
-    elif kind == "missing":
-        text = f"key '{dotted(plain)}' is missing"
-    elif kind in ("literal_error", "union_tag_invalid"):
-        expected = str(context.get("expected") or context.get("expected_tags"))
-        allowed = [part.strip(" '\"") for part in expected.replace(" or ", ",").split(",")]
-        value = context.get("tag", problem["input"])
-        text = f"{dotted(plain)} = '{value}' is not known; {suggest(value, allowed)}"
-    else:
-        value = problem["input"]
-        shown = "" if isinstance(value, Mapping | list | tuple) else f" = {value!r}"
-        message = problem["msg"].removeprefix("Value error, ")
-        text = f"{dotted(plain) or 'file'}{shown}: {message[0].lower()}{message[1:]}"
-    more = f" (and {count - 1} more)" if count > 1 else ""
-    return f"{file}: {text}{more}"
 
 
 def load_catalog(
@@ -275,43 +133,33 @@ def load_plan(
         data = overlay(data, content)
     if merged is not None:
         data = merged
-        if any(_value_at(data, (key,)) != value for key, value in _flatten(sources).items()):
+        if any(value_at(data, (key,)) != value for key, value in _flatten(sources).items()):
             sources.append((Path("--config"), _beyond(sources, merged)))
     study = validate(Study, data, sources)
     catalog = load_catalog(
-        study.catalog, study.entries, _blame(sources, ("entries",)) if study.entries else DEFAULT
+        study.catalog, study.entries, blame(sources, ("entries",)) if study.entries else DEFAULT
     )
-    for index, block in enumerate(study.experiments):
-        for kind in Catalog.model_fields:
-            for place, name in enumerate(getattr(block, kind, ())):
-                if name not in getattr(catalog, kind):
-                    loc = ("experiments", index, kind, place)
-                    raise UserError(
-                        f"{_blame(sources, loc)}: {dotted(loc)} = '{name}' is not in "
-                        f"{study.catalog / kind}.yaml; {suggest(name, getattr(catalog, kind))}"
-                    )
-        for place, name in enumerate(block.models):
-            model = catalog.models[name]
-            if not model.trains_here:
-                loc = ("experiments", index, "models", place)
-                usable = [key for key, entry in catalog.models.items() if entry.trains_here]
-                raise UserError(
-                    f"{_blame(sources, loc)}: {dotted(loc)} = '{name}' serves `costbp cost` and "
-                    f"`costbp fit` alone (source {model.source.kind}, train {model.train.kind}); "
-                    f"allowed: {', '.join(usable)}"
-                )
-    _check_costs(study, catalog, sources)
+    names = Names(catalog, load_groups(study.catalog, catalog), study.catalog, sources)
+    study = _resolved(study, names)
+    _check_sweeps(study, catalog, sources)
     _check_paths(study, catalog, sources)
     tuned = {}
     if study.tuning.file.exists():
         content = read_yaml(study.tuning.file)
         tuned = validate(_TunedFile, content, [(study.tuning.file, content)]).choices
-    plan = Plan(study=study, catalog=catalog, tuned=tuned)
+    claims = read_yaml(study.claims)
+    plan = Plan(
+        study=study,
+        catalog=catalog,
+        tuned=tuned,
+        claims=validate(Claims, claims, [(study.claims, claims)]),
+    )
     _check_trials(plan)
+    _check_claims(plan, blame(sources, ("experiments",)))
     return plan
 
 
-def _check_paths(study: Study, catalog: Catalog, sources: Sequence[tuple[Path, Any]]) -> None:
+def _check_paths(study: Study, catalog: Catalog, sources: Sources) -> None:
     """What the study's models and tasks read from this machine is there."""
     for kind in ("models", "tasks"):
         for name in dict.fromkeys(n for block in study.experiments for n in getattr(block, kind)):
@@ -323,39 +171,50 @@ def _check_paths(study: Study, catalog: Catalog, sources: Sequence[tuple[Path, A
                     key = ("source",) if local is entry.source else ("source", "base")
                 loc: Loc = ("entries", kind, name, *key, "path")
                 where, place = f"{study.catalog / kind}.yaml", dotted(loc[2:])
-                if any(_value_at(data, loc) is not None for _, data in sources):
-                    where, place = str(_blame(sources, loc)), dotted(loc)
+                if any(value_at(data, loc) is not None for _, data in sources):
+                    where, place = str(blame(sources, loc)), dotted(loc)
                 raise UserError(f"{where}: {place} = '{local.path}': no such file or folder")
 
 
-def _check_costs(study: Study, catalog: Catalog, sources: Sequence[tuple[Path, Any]]) -> None:
-    """Every name under ``costs`` is in the catalog."""
+def _resolved(study: Study, names: Names) -> Study:
+    """The study with entries in place of groups; every name it holds is known and can stand there."""
+    blocks = tuple(
+        names.resolve(block, ("experiments", index), _not_trained)
+        for index, block in enumerate(study.experiments)
+    )
+    costs = study.costs
+    if costs is not None:
+        costs = names.resolve(costs, ("costs",), _not_traced)
+        sweeps = {
+            name: names.resolve(sweep, ("costs", "sweeps", name), _not_traced)
+            for name, sweep in costs.sweeps.items()
+        }
+        fits = costs.fits and names.resolve(costs.fits, ("costs", "fits"), _not_traced)
+        costs = costs.model_copy(update={"sweeps": sweeps, "fits": fits})
+    return study.model_copy(update={"experiments": blocks, "costs": costs})
+
+
+def _not_trained(model: ModelEntry) -> str:
+    return (
+        ""
+        if model.trains_here
+        else f"serves `costbp cost` and `costbp fit` alone (source {model.source.kind}, train "
+        f"{model.train.kind})"
+    )
+
+
+def _not_traced(model: ModelEntry) -> str:
+    kind = model.source.kind
+    return "" if kind == "config" else f"can't be traced at full size (source {kind}, not config)"
+
+
+def _check_sweeps(study: Study, catalog: Catalog, sources: Sources) -> None:
+    """Every entry of a sweep can have its values."""
     if study.costs is None:
         return
-    parts: dict[Loc, Any] = {("costs",): study.costs}
-    if study.costs.fits is not None:
-        parts["costs", "fits"] = study.costs.fits
-    for name, sweep in study.costs.sweeps.items():
-        parts["costs", "sweeps", name] = sweep
-    for loc, part in parts.items():
-        models = getattr(part, "models", None) or (part.model,)
-        for kind, names in (("models", models), ("methods", part.methods or ())):
-            for name in names:
-                if name not in getattr(catalog, kind):
-                    raise UserError(
-                        f"{_blame(sources, loc)}: {dotted((*loc, kind))}: '{name}' is not in "
-                        f"{study.catalog / kind}.yaml; {suggest(name, getattr(catalog, kind))}"
-                    )
-                if kind == "models" and catalog.models[name].source.kind != "config":
-                    usable = [k for k, m in catalog.models.items() if m.source.kind == "config"]
-                    raise UserError(
-                        f"{_blame(sources, loc)}: {dotted((*loc, kind))}: '{name}' can't be traced "
-                        f"at full size (source {catalog.models[name].source.kind}, not config); "
-                        f"allowed: {', '.join(usable)}"
-                    )
     for name, sweep in study.costs.sweeps.items():
         methods = {key: catalog.methods[key] for key in sweep.methods or study.costs.methods}
-        where = f"{_blame(sources, ('costs', 'sweeps', name))}: costs.sweeps.{name}"
+        where = f"{blame(sources, ('costs', 'sweeps', name))}: costs.sweeps.{name}"
         for value in sweep.values:
             swept(catalog.models[sweep.model], methods, sweep, value, where)
 
@@ -371,14 +230,34 @@ def _check_trials(plan: Plan) -> None:
         )
 
 
-def _flatten(sources: Sequence[tuple[Path, Any]]) -> dict[str, Any]:
+def _check_claims(plan: Plan, file: Path) -> None:
+    """The study has the one reference that claims need, and the catalog the methods they name."""
+    known = plan.catalog.methods
+    used = dict.fromkeys(cell.method for cell in plan.cells())
+    if len(found := [name for name in used if known[name].reference]) != 1:
+        raise UserError(
+            f"{file}: experiments: claims need exactly one method with `reference: true` "
+            f"({', '.join(name for name in known if known[name].reference) or 'the catalog has none'})"
+            f", found {', '.join(found) or 'none'}"
+        )
+    for name, claim in plan.claims.items():
+        if isinstance(claim, VariantClaim):
+            for method in (*claim.baselines, *claim.baselines.values()):
+                if method not in known:
+                    raise UserError(
+                        f"{plan.study.claims}: {name}.baselines: '{method}' is not in "
+                        f"{plan.study.catalog}/methods.yaml; {suggest(method, known)}"
+                    )
+
+
+def _flatten(sources: Sources) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for _, content in sources:
         data = overlay(data, content)
     return data
 
 
-def _beyond(sources: Sequence[tuple[Path, Any]], merged: Mapping[str, Any]) -> dict[str, Any]:
+def _beyond(sources: Sources, merged: Mapping[str, Any]) -> dict[str, Any]:
     """The top-level keys of ``merged`` that no file accounts for."""
     known = _flatten(sources)
     return {key: value for key, value in merged.items() if known.get(key) != value}

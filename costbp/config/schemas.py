@@ -9,12 +9,16 @@ from typing import Any, get_args
 from pydantic import TypeAdapter
 
 from costbp.config.catalog import Catalog
+from costbp.config.claims import Claims
 from costbp.config.study import Study
 
 
 def schemas() -> dict[str, str]:
-    """File name -> JSON schema text, for the study file and each catalog file."""
-    models: dict[str, TypeAdapter[Any]] = {"study": TypeAdapter(Study)}
+    """File name -> JSON schema text, for the study, the claims and each file of the catalog."""
+    models: dict[str, TypeAdapter[Any]] = {
+        "study": TypeAdapter(Study),
+        "claims": TypeAdapter(Claims),
+    }
     for kind, field in Catalog.model_fields.items():
         models[kind] = TypeAdapter(dict[str, get_args(field.annotation)[1]])  # type: ignore[arg-type, misc]
     return {

@@ -17,6 +17,7 @@ from costbp.config.catalog import (
     ModelEntry,
     TaskEntry,
 )
+from costbp.config.claims import Claims
 from costbp.config.costs import Costs, card_bytes
 from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry
@@ -25,8 +26,6 @@ from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource,
 from costbp.files import digest
 
 FORMAT = 7  # raised when the meaning of a run changes, so that old records are not mistaken for new
-
-
 COSTS = 3  # the same for what is measured of a step's cost
 
 
@@ -197,6 +196,7 @@ class Plan(Strict):
     tuned: dict[str, dict[str, dict[str, OptimizerSpec]]] = Field(
         default_factory=dict, description="model -> task -> method -> choice"
     )
+    claims: Claims = Field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -205,6 +205,12 @@ class Plan(Strict):
     @property
     def results(self) -> Path:
         return self.study.paths.results / self.name
+
+    @property
+    def reference(self) -> str:
+        """The method of the study that claims compare the others with."""
+        used = (cell.method for cell in self.cells())
+        return next(name for name in used if self.catalog.methods[name].reference)
 
     def cells(self) -> Iterator[Cell]:
         """Every experiment once, in the order of the configuration."""
@@ -308,6 +314,10 @@ class Plan(Strict):
         return short_hash(
             [values, shape, self.trace_key(sweep.model, sweep.methods or costs.methods)]
         )
+
+    def claims_key(self) -> str:
+        """Hash of the claims: a change judges them again, and runs nothing else."""
+        return short_hash([claim.model_dump(mode="json") for claim in self.claims.values()])
 
     def labels(self) -> str:
         """Hash of the texts that reports show and runs don't depend on."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from costbp.config.catalog import LoraTraining, ModelEntry
-from costbp.config.load import validate
 from costbp.config.methods import MethodEntry
+from costbp.config.read import validate
 from costbp.config.shares import Shares
 from costbp.config.sources import ConfigSource
 from costbp.cost.products import SIZES, products, shares

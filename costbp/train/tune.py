@@ -35,7 +35,7 @@ def choose(records: Sequence[Record]) -> Record:
     return max(records, key=score)
 
 
-def collect(plan: Plan, path: Path) -> None:
+def write_choices(plan: Plan, path: Path) -> None:
     """Write every experiment's choice, with what each trial scored as a comment of the choice.
 
     Raises:

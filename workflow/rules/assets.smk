@@ -1,7 +1,7 @@
 # Models and data: fetched once and checked; then each pair's splits, encoded once.
 
 
-rule asset:
+rule assets:
     output:
         RESULTS / "assets" / "{asset}.json",
     params:

@@ -4,7 +4,7 @@ COSTS = PLAN.study.costs
 TRACED = RESULTS / "costs"
 
 
-rule trace:
+rule cost_full_size:
     output:
         TRACED / "traces" / "{model}.json",
     params:
@@ -13,14 +13,14 @@ rule trace:
         shape=f"--batch {COSTS.batch} --seq {COSTS.seq}" if COSTS else "",
         specs=lambda wildcards: PLAN.trace_key(wildcards.model, COSTS.methods),
     log:
-        LOGS / "costs" / "trace-{model}.log",
+        LOGS / "cost_full_size" / "{model}.log",
     benchmark:
-        LOGS / "costs" / "trace-{model}.benchmark.jsonl"
+        LOGS / "cost_full_size" / "{model}.benchmark.jsonl"
     threads: 1
     resources:
         mem_mb=PLAN.study.resources.mem_mb,
     message:
-        "tracing {wildcards.model}"
+        "tracing {wildcards.model} at full size"
     shell:
         "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan} --model {wildcards.model}"
         " --method {params.methods} {params.shape} --out {output} > {log} 2>&1"
@@ -33,9 +33,9 @@ rule sweep:
         plan=RESOLVED,
         specs=lambda wildcards: PLAN.sweep_key(wildcards.sweep),
     log:
-        LOGS / "costs" / "sweep-{sweep}.log",
+        LOGS / "sweep" / "{sweep}.log",
     benchmark:
-        LOGS / "costs" / "sweep-{sweep}.benchmark.jsonl"
+        LOGS / "sweep" / "{sweep}.benchmark.jsonl"
     threads: 1
     resources:
         mem_mb=PLAN.study.resources.mem_mb,
@@ -45,7 +45,7 @@ rule sweep:
         "OMP_NUM_THREADS={threads} costbp sweep {wildcards.sweep} --plan {params.plan} --out {output} > {log} 2>&1"
 
 
-rule fits:
+rule fit:
     output:
         TRACED / "fits" / "{model}.json",
     params:
@@ -55,9 +55,9 @@ rule fits:
         shape=f"--batch {COSTS.batch} --seq {COSTS.seq}" if COSTS else "",
         specs=lambda wildcards: PLAN.trace_key(wildcards.model, COSTS.fits.methods),
     log:
-        LOGS / "costs" / "fits-{model}.log",
+        LOGS / "fit" / "{model}.log",
     benchmark:
-        LOGS / "costs" / "fits-{model}.benchmark.jsonl"
+        LOGS / "fit" / "{model}.benchmark.jsonl"
     threads: 1
     priority: 1
     resources:
@@ -84,7 +84,7 @@ rule costs:
         plan=RESOLVED,
         labels=LABELS,
     log:
-        LOGS / "costs" / "page.log",
+        LOGS / "costs.log",
     localrule: True
     message:
         "writing {output}"

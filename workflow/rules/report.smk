@@ -23,15 +23,15 @@ rule aggregate:
         "costbp aggregate --plan {params.plan} > {log} 2>&1"
 
 
-rule mlflow:
+rule track:
     input:
         rules.aggregate.output,
     output:
-        RESULTS / "mlflow.json",
+        RESULTS / "track.json",
     params:
         plan=RESOLVED,
     log:
-        LOGS / "mlflow.log",
+        LOGS / "track.log",
     localrule: True
     message:
         "completing the MLflow store"
@@ -70,11 +70,11 @@ rule figures:
         rules.aggregate.output,
     output:
         report(
-            expand(REPORTS / "figures" / "{name}.png", name=list(CAPTIONS)),
+            expand(REPORTS / "figures" / "{name}.png", name=[figure.name for figure in REPORT]),
             caption="../report/figure.rst",
             category="Figures",
         ),
-        expand(REPORTS / "figures" / "{name}.pdf", name=list(CAPTIONS)),
+        expand(REPORTS / "figures" / "{name}.pdf", name=[figure.name for figure in REPORT]),
     params:
         plan=RESOLVED,
         labels=LABELS,
@@ -90,7 +90,6 @@ rule figures:
 rule claims:
     input:
         rules.aggregate.output,
-        claims=PLAN.study.claims,
     output:
         report(
             multiext(str(REPORTS / "claims"), ".md", ".json"),
@@ -100,6 +99,7 @@ rule claims:
     params:
         plan=RESOLVED,
         labels=LABELS,
+        claims=PLAN.claims_key(),
     log:
         LOGS / "claims.log",
     localrule: True
@@ -109,13 +109,13 @@ rule claims:
         "costbp claims --plan {params.plan} > {log} 2>&1"
 
 
-rule page:
+rule report:
     input:
         rules.tables.output,
         rules.figures.output,
         rules.claims.output,
     output:
-        report(REPORTS / "index.html", caption="../report/page.rst", category="Report"),
+        report(REPORTS / "index.html", caption="../report/report.rst", category="Report"),
     params:
         plan=RESOLVED,
         labels=LABELS,

@@ -6,30 +6,30 @@ rule trials:
     input:
         RESULTS / "prepared" / "{model}" / "{task}.json",
     output:
-        RESULTS / "tune" / "{model}" / "{task}" / "{method}" / "{budget}.json",
+        RESULTS / "trials" / "{model}" / "{task}" / "{method}" / "{budget}.json",
     params:
         plan=RESOLVED,
         runs=lambda wildcards: [spec.hash for spec in PLAN.trial_specs(Cell(**wildcards))],
     log:
-        LOGS / "tune" / "{model}-{task}-{method}-{budget}.log",
+        LOGS / "trials" / "{model}-{task}-{method}-{budget}.log",
     benchmark:
-        LOGS / "tune" / "{model}-{task}-{method}-{budget}.benchmark.jsonl"
+        LOGS / "trials" / "{model}-{task}-{method}-{budget}.benchmark.jsonl"
     threads: 1
     resources:
         gpu=PLAN.study.resources.gpu,
         mem_mb=PLAN.study.resources.mem_mb,
         runtime=PLAN.study.resources.runtime,
     message:
-        "tuning {wildcards.method} for {wildcards.model} on {wildcards.task}"
+        "trials of {wildcards.method} for {wildcards.model} on {wildcards.task}"
     shell:
-        "OMP_NUM_THREADS={threads} costbp tune --plan {params.plan} --model {wildcards.model}"
+        "OMP_NUM_THREADS={threads} costbp trials --plan {params.plan} --model {wildcards.model}"
         " --task {wildcards.task} --method {wildcards.method} --budget {wildcards.budget}"
         " --out {output} > {log} 2>&1"
 
 
 rule tune:
     input:
-        [RESULTS / "tune" / cell.model / cell.task / cell.method / f"{cell.budget}.json" for cell in CELLS],
+        [RESULTS / "trials" / cell.model / cell.task / cell.method / f"{cell.budget}.json" for cell in CELLS],
     output:
         RESULTS / "tuned.yaml",
     params:
@@ -41,4 +41,4 @@ rule tune:
     message:
         "choosing learning rates: {params.committed}"
     shell:
-        "(costbp tuned --plan {params.plan} --out {output} && cp {output} {params.committed}) > {log} 2>&1"
+        "(costbp tune --plan {params.plan} --out {output} && cp {output} {params.committed}) > {log} 2>&1"

@@ -1,34 +1,15 @@
-"""A claim as data, what the runs say of it, and the fixed rules that word the verdict."""
+"""What the runs say about a claim, and the fixed rules that word the verdict."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from pydantic import Field
-
-from costbp.config.entries import Strict
-
+DECIDED = 0.5  # share of the comparisons that must be decided
 DECISIVE = 0.75  # share of the decided comparisons that settles a verdict
 
 
-class Claim(Strict):
-    """A claim as data."""
-
-    title: str
-    statement: str
-    source: str
-    provenance: Literal["quoted", "derived"]
-    reading: str
-    claimed: str
-    tolerance: float = 1.0
-    baselines: dict[str, str] = Field(
-        default_factory=dict, description="Method -> method of its family it is compared with."
-    )
-
-
 @dataclass
-class Reading:
+class Finding:
     """What the runs say about a claim.
 
     Attributes:
@@ -51,11 +32,10 @@ class Reading:
 
     @property
     def verdict(self) -> str:
-        """``holds here``, ``does not hold here`` or ``inconclusive here``: a claim holds when at
-        least half of all comparisons are decided and three quarters of those are for it."""
+        """``holds here``, ``does not hold here`` or ``inconclusive here``."""
         decided = len(self.supporting) + len(self.opposing)
         total = decided + len(self.undecided)
-        if not decided or decided / total < 0.5:
+        if not decided or decided / total < DECIDED:
             return "inconclusive here"
         share = len(self.supporting) / decided
         if share >= DECISIVE:
@@ -70,3 +50,13 @@ def ledger_word(verdict: str, scale: str) -> str:
     if scale != "full":
         return "toy"
     return "verified" if verdict.startswith("holds") else "falsified"
+
+
+def how_worded(scale: str) -> str:
+    """How verdict and ledger word follow from the comparisons, in words."""
+    words = "verified or falsified" if scale == "full" else "toy, whichever way it is decided"
+    return (
+        f"A claim holds here when at least {100 * DECIDED:g} % of its comparisons are decided and "
+        f"{100 * DECISIVE:g} % of those are for it, and doesn't when as many are against it. At {scale} "
+        f"scale the ledger calls a decided claim {words}."
+    )
