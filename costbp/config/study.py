@@ -44,10 +44,12 @@ class Cell(NamedTuple):
 class Block(Strict):
     """A block of experiments: the product of its lists."""
 
-    models: tuple[str, ...] = Field(min_length=1)
-    tasks: tuple[str, ...] = Field(min_length=1)
-    methods: tuple[str, ...] = Field(min_length=1)
-    budgets: tuple[str, ...] = Field(min_length=1)
+    models: tuple[str, ...] = Field(min_length=1, description="Names in models.yaml.")
+    tasks: tuple[str, ...] = Field(min_length=1, description="Names in tasks.yaml.")
+    methods: tuple[str, ...] = Field(
+        min_length=1, description="Names in methods.yaml, or groups (groups.yaml)."
+    )
+    budgets: tuple[str, ...] = Field(min_length=1, description="Names in budgets.yaml.")
     seeds: tuple[int, ...] | None = Field(
         None, min_length=1, description="Seeds of this block; default: the study's."
     )
@@ -59,7 +61,7 @@ class Evaluation(Strict):
     points: tuple[float, ...] = Field(
         min_length=1, description="Fractions of the budget at which the validation split is scored."
     )
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="Examples per evaluation batch.")
 
     @field_validator("points")
     @classmethod
@@ -121,18 +123,24 @@ class Paths(Strict):
 class Study(Strict):
     """What a configuration file holds."""
 
-    study: str = Field(pattern="^[A-Za-z0-9_-]+$", description="Name of the study.")
-    description: str = ""
-    scale: Literal["reduced", "full"] = Field("reduced", description="How verdicts are worded.")
+    study: str = Field(
+        pattern="^[A-Za-z0-9_-]+$", description="Name: folder under results/ and logs/."
+    )
+    description: str = Field("", description="Shown at the top of the report.")
+    scale: Literal["reduced", "full"] = Field(
+        "reduced", description="`full`: *verified*, *falsified*; else *toy*."
+    )
     catalog: Path = Field(Path("config/catalog"), description="Folder of the catalog.")
     claims: Path = Field(Path("config/claims.yaml"), description="Claims to be tested.")
-    seeds: tuple[int, ...] = Field(min_length=1)
-    experiments: tuple[Block, ...] = Field(min_length=1)
-    evaluation: Evaluation
-    tuning: Tuning
-    paths: Paths = Paths()
-    resources: Resources = Resources()
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where runs train.")
+    seeds: tuple[int, ...] = Field(min_length=1, description="One run per experiment and seed.")
+    experiments: tuple[Block, ...] = Field(min_length=1, description="Products of names.")
+    evaluation: Evaluation = Field(description="When runs are scored, and when they diverge.")
+    tuning: Tuning = Field(description="How learning rates are chosen.")
+    paths: Paths = Field(Paths(), description="Folders.")
+    resources: Resources = Field(Resources(), description="What a training job asks for.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="`auto`: a GPU if there is one."
+    )
     start_unfit: bool = Field(
         False, description="Start runs although their traced memory exceeds the device's."
     )
