@@ -87,7 +87,7 @@ class ModelEntry(Entry):
 
     @property
     def repository(self) -> Repository | None:
-        """Where on the hub the weights are, if they are there."""
+        """The hub's repository that the weights come from, if any."""
         if isinstance(self.base, HubSource):
             return Repository(repo=self.base.repo, revision=self.base.revision)
         return self.base.weights if isinstance(self.base, ConfigSource) else None
