@@ -37,7 +37,7 @@ def read_examples(task: TaskEntry, name: str, assets: Path) -> dict[str, list[Ex
         except Exception as error:  # a row that isn't as it should be, or a mistake in a file
             where = f"row {counts[split]}" + (f" of split '{split}'" if split else "")
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__} "
-            raise UserError(f"task '{name}', {where}: {kind}{error}") from error
+            raise UserError(f"task '{name}', {where}: {kind}{first_line(error)}") from error
         if example.text.strip() or example.image is not None:
             found.setdefault(split, []).append(example)
     named = task.data.splits.values() if isinstance(task.data, HubData | LocalData) else ()
