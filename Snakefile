@@ -52,6 +52,7 @@ wildcard_constraints:
     model=r"[^/]+",
     task=r"[^/]+",
     method=r"[^/]+",
+    methods=r"[^/]+",
     budget=r"[^/]+",
 
 

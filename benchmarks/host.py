@@ -15,7 +15,6 @@ import torch
 from benchmarks.families import family_batch, family_objective
 from costbp.config.load import load_plan
 from costbp.cost.step import forward_only
-from costbp.estimators import build_estimator
 from costbp.objective import Key
 
 METHODS = ("bp_vanilla", "zo_vanilla", "fmad_vanilla", "fmad_multiple")
@@ -48,7 +47,7 @@ def main() -> None:
         forward = processor_seconds(lambda o=objective, d=data: forward_only(o, d))  # type: ignore[misc]
         cells = []
         for method in METHODS:
-            estimator = build_estimator(methods[method])
+            estimator = methods[method].build()
             step = processor_seconds(
                 lambda e=estimator, o=objective, d=data: e.estimate(o, [d], Key(0, 0))  # type: ignore[misc]
             )

@@ -19,7 +19,8 @@ import torch
 
 from costbp.config.load import load_plan, overlaid
 from costbp.console import say
-from costbp.cost.trace import Bench
+from costbp.cost.bench import Bench
+from costbp.cost.record import CostRecord
 from costbp.errors import UserError
 
 METHODS = ("bp_vanilla", "bp_checkpointing", "fmad_vanilla", "zo_vanilla")
@@ -34,7 +35,7 @@ def compare(
     plan = load_plan()
     entry = overlaid(plan.catalog.models[name], settings, "--set")
     rows = []
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    found: dict[str, dict[str, CostRecord]] = {}
     for place in ("meta", device):
         bench = Bench(entry, place)
         found[place] = {
@@ -47,25 +48,23 @@ def compare(
             torch.cuda.empty_cache()
     for method in METHODS:
         predicted, measured = found["meta"][method], found[device][method]
-        allocator = measured.get("allocator", {}).get("allocated")
-        truth = allocator or measured["peak_bytes"]
+        truth = measured.allocated_bytes or measured.peak_bytes
         errors = {
-            category: abs(predicted["peak_by_category"].get(category, 0) - size) / size
-            for category, size in measured["peak_by_category"].items()
-            if size > 0.01 * measured["peak_bytes"]
+            category: abs(predicted.peak_by_category.get(category, 0) - size) / size
+            for category, size in measured.peak_by_category.items()
+            if size > 0.01 * measured.peak_bytes
         }
         rows.append(
             {
                 "model": name,
                 "method": method,
-                "predicted": predicted["peak_bytes"],
-                "live": measured["peak_bytes"],
-                "allocated": allocator,
-                "error": predicted["peak_bytes"] / truth - 1,
+                "predicted": predicted.peak_bytes,
+                "live": measured.peak_bytes,
+                "allocated": measured.allocated_bytes,
+                "error": predicted.peak_bytes / truth - 1,
                 "errors_by_category": errors,
-                "seconds": measured["seconds"],
-                "forwards": measured["seconds"] / measured["forward_seconds"],
-                "fragmentation": measured.get("allocator", {}).get("fragmentation"),
+                "seconds": measured.seconds,
+                "forwards": measured.time,
             }
         )
     return rows

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from costbp.objective import Batch
 
-RandomState = tuple[Tensor, Tensor | None]
 HOST = ("cpu", "meta")  # no memory and no queue of their own
 NO_ROOM = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
 
@@ -62,30 +58,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cuda":
         batch = {name: value.pin_memory() for name, value in batch.items()}
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
-@contextlib.contextmanager
-def randomness_from(state: RandomState, device: torch.device) -> Iterator[None]:
-    """Within the block random numbers, the CPU's and the device's, continue from ``state``;
-    afterwards as before. No other device is touched."""
-    before = random_state(device)
-    _continue_from(state, device)
-    try:
-        yield
-    finally:
-        _continue_from(before, device)
-
-
-def random_state(device: torch.device) -> RandomState:
-    """Where the random numbers of the CPU and of the device are."""
-    own = None if device.type in HOST else _module(device).get_rng_state(device)
-    return torch.get_rng_state(), own
-
-
-def _continue_from(state: RandomState, device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        _module(device).set_rng_state(state[1], device)
 
 
 def _module(device: torch.device) -> Any:

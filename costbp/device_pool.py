@@ -2,7 +2,7 @@
 
 Snakemake counts GPUs but hands out no numbers. A lock file a device, named by the device's own id,
 held for the life of the process and released by the kernel however it ends, is enough.
-CUDA_VISIBLE_DEVICES is the pool of which a job takes one, a scheduler's choice inside its job too.
+A job takes one device of those that CUDA_VISIBLE_DEVICES names, inside a scheduler's job too.
 """
 
 from __future__ import annotations

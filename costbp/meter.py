@@ -71,9 +71,9 @@ class Meter(TorchDispatchMode):
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.flops = self.live = self.peak = 0
-        there = list(existing)
-        self._on_meta = any(t.is_meta for t in there)
-        self._existing = {t.untyped_storage()._cdata for t in there}
+        before = list(existing)
+        self._on_meta = any(t.is_meta for t in before)
+        self._existing = {t.untyped_storage()._cdata for t in before}
         self._alive: dict[int, _Storage] = {}
         self._all: list[_Storage] = []
         self._peak_at = 0

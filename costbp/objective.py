@@ -109,14 +109,22 @@ class Objective:
             stop = start + parameter.numel()
             self.slices[name] = (start, stop, parameter.shape)
             parameter.data = self.theta[start:stop].view(parameter.shape)
-            parameter.grad = self.buffer[start:stop].view(parameter.shape)
             start = stop
+        self._trained = [parameter for _, parameter in named]
+        self.hold_gradients()
         self.widest = max(
             (m.out_features for m in module.modules() if isinstance(m, nn.Linear)), default=0
         )
         self._names = {id(parameter): name for name, parameter in named}
         self._noise: int | None = None
         self._random = [m for m in module.modules() if _drops_out(m)]
+
+    def hold_gradients(self) -> None:
+        """Make the parameters' ``.grad`` views of ``buffer``, also after somebody has dropped them."""
+        for parameter, (start, stop, shape) in zip(
+            self._trained, self.slices.values(), strict=True
+        ):
+            parameter.grad = self.buffer[start:stop].view(shape)
 
     def existing(self) -> list[Tensor]:
         """Every tensor that is there before a step: parameters, buffers, theta, the gradient."""

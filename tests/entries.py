@@ -8,7 +8,6 @@ from costbp.config.catalog import LoraTraining, ModelEntry
 METHODS = (
     "bp_vanilla",
     "bp_checkpointing",
-    "bp_sqrt",
     "bp_selective",
     "fmad_vanilla",
     "zo_vanilla",

@@ -25,7 +25,8 @@ from costbp.cli import app
 from costbp.config import load_plan
 from costbp.config.entries import short_hash
 from costbp.config.study import Plan
-from costbp.cost.trace import Bench
+from costbp.cost.bench import Bench
+from costbp.cost.record import CostRecord
 from costbp.tasks import docstrings
 from tests.conftest import ROOT, working_copy
 from tests.fetched import build
@@ -62,7 +63,7 @@ def smaller(study: Path, budget: dict[str, Any]) -> dict[str, Any]:
             "budgets": dict.fromkeys(units, budget),
         },
         "tuning": {"file": "absent.yaml"},
-        "resources": {"gpu": 0},
+        "resources": {"gpu": 0, "methods_per_job": 8},
         "device": "cpu",
     }
     if "experiments" in given:
@@ -105,12 +106,13 @@ def shortened(folder: Path) -> Iterator[None]:
     of a model is remembered, for others that differ from it by name alone."""
     plain, known = Bench.cost, {}
 
-    def cost(self: Bench, name: str, method: Any, *shape: int, **options: Any) -> dict[str, Any]:
+    def cost(self: Bench, name: str, method: Any, *shape: int, **options: Any) -> CostRecord:
         entries = self.entry.identity(), method.identity()
+        names = {"model": self.name, "method": name, "task": options.pop("task", None)}
         key = short_hash([*entries, self.classes, self.device, *shape])
         if key not in known:
             known[key] = plain(self, name, method, *shape, **options)
-        return known[key] | {"model": self.entry.label, "method": name}
+        return known[key].model_copy(update=names)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(working_copy(folder))

@@ -69,7 +69,7 @@ def test_mistakes(workdir, file, old, new, words):
     [
         ("studies/full_size.yaml", "    - opt_13b", "    - opt_13", ["costs.models", "did you mean 'opt_13b'"]),
         ("studies/full_size.yaml", "    - opt_13b", "    - minilm_lora", ["costs.models", "source asset, not config"]),
-        ("studies/full_size.yaml", "    - bp_sqrt", "    - bp_sqr", ["costs.methods", "did you mean 'bp_sqrt'"]),
+        ("studies/full_size.yaml", "    - bp_selective", "    - bp_selectiv", ["costs.methods", "did you mean 'bp_selective'"]),
         ("studies/full_size.yaml", "      model: llama_3_1_8b", "      model: lama", ["costs.sweeps.plans.models", "'lama'"]),
         ("studies/full_size.yaml", "values: [2, 4, 8, 16, 32]", "values: [1, 2]", ["costs.sweeps.directions", "'spread' needs directions.count >= 2"]),
         ("studies/full_size.yaml", "[8GB, 16GB", "[8GB, 16XB", ["costs.fits.cards", "with a unit, as 24GB"]),
@@ -164,7 +164,7 @@ def backprop(**options):
         ({"estimator": {"kind": "hessian_informed"}} | SVRG, ["'svrg' subtracts two estimates"]),
         ({"estimator": {"kind": "local_guess"}} | SVRG, ["'svrg' subtracts two estimates"]),
         ({"accumulate": 0}, ["accumulate = 0", "greater than or equal to 1"]),
-        ({"clip": {"norm": 0}}, ["clip.norm = 0", "greater than 0"]),
+        ({"clip_norm": 0}, ["clip_norm = 0", "greater than 0"]),
         ({"sign": "maybe"}, ["sign = 'maybe'", "boolean"]),
         ({"estimator": {"kind": "hessian_informed", "smoothing": 0}}, ["estimator.smoothing = 0"]),
         ({"estimator": {"kind": "local_guess", "oracle": {"kind": "central"}}}, ["oracle.kind = 'central'", "allowed: exact"]),

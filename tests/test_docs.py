@@ -14,12 +14,10 @@ from safetensors.torch import save_file
 
 from costbp.cli import app
 from costbp.config import Cell, MethodEntry, load_plan
-from costbp.cost.units import forward_units
 from costbp.data.pairs import Pair, check_pairs
 from costbp.data.prepare import _packed, prepare
 from costbp.data.splits import SPLITS
 from costbp.errors import UserError
-from costbp.estimators import build_estimator
 from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
 from costbp.models.modules import Head
@@ -96,7 +94,7 @@ def test_the_page_is_valid_and_its_methods_train(example, costbp):
         record = read_record(plan.spec(cell, 0).folder(plan.study.paths.store))
         assert record.outcome == "completed"
         assert record.summary.steps == steps
-        units = forward_units(plan.catalog.methods[name])
+        units = plan.catalog.methods[name].closed_form()
         assert record.summary.forward_units == units * steps
 
 
@@ -113,7 +111,7 @@ def test_the_example_is_unbiased_with_the_stated_error(example, count):
         expected = relative_error(second, 1) * square
     else:  # each tensor once
         expected = sum((size + 1) * own for size, own in parts)
-    estimator, keys = build_estimator(method(options={"count": count})), 400
+    estimator, keys = method(options={"count": count}).build(), 400
     rows = torch.stack(
         [
             estimator.estimate(objective, [data], Key(seed, 3)).gradient.clone()
@@ -159,7 +157,7 @@ def test_a_function_that_builds_no_estimator_is_one_line(example, function, word
     with EXAMPLE.open("a") as stream:
         stream.write("\nfrom builtins import list\n")
     with pytest.raises(UserError, match=re.escape(f"{EXAMPLE}: {words}")) as caught:
-        build_estimator(method(function=function, options={}))
+        method(function=function, options={}).build()
     assert "\n" not in str(caught.value)
 
 
@@ -263,34 +261,25 @@ def test_a_mistake_in_a_tasks_file_names_the_row(own):
 # --- tables ------------------------------------------------------------------------------------
 
 
-def rows(page: str, heading: str) -> list[list[str]]:
-    """Cells of the first table below a heading."""
-    text = (DOCS / page).read_text().split(f"\n{heading}\n")[1]
-    lines = re.search(r"^\|.*?(?=\n\n|\Z)", text, re.M | re.S).group().splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+def test_tables_of_keys_and_methods_are_those_of_the_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import tables
+
+    pages = tables.pages()
+    assert len(pages) == 2
+    for page, text in pages.items():
+        assert page.read_text() == text, f"{page.name}: run `python docs/tables.py`"
+        assert "| --- |" in text and "<!-- end -->" in text
 
 
-def test_the_table_of_methods_is_complete_and_its_units_are_the_closed_form(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    catalog = load_plan().catalog.methods
-    table = {row[0].strip("`"): row for row in rows("methods.md", "## Methods")}
-    assert list(table) == list(catalog)
-    for name, entry in catalog.items():
-        for tensors, layers in ((1, 1), (26, 6), (7, 2)):
-            shown = table[name][2].replace("×", "*")
-            value = eval(shown, {"ceil": math.ceil, "T": tensors, "L": layers})
-            assert value == pytest.approx(forward_units(entry, tensors, layers)), name
+def test_every_class_of_the_catalog_is_documented(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import tables
 
-
-def test_every_key_and_choice_of_a_method_is_documented():
-    text = (DOCS / "config.md").read_text().split("### `methods.yaml`")[1].split("\n### ")[0]
-    schema = json.loads((ROOT / "workflow/schemas/methods.schema.json").read_text())
-    words = set()
-    for part in schema["$defs"].values():
-        for key, value in part["properties"].items():
-            words |= {key, *value.get("enum", []), value.get("const", key)}
-    words -= {"label", "citation", "notes"}  # those of every entry
-    assert [word for word in sorted(words) if f"`{word}`" not in text.replace(": ", "` `")] == []
+    shown = set(re.findall(r"<!-- table: (\w+) -->", (DOCS / "config.md").read_text()))
+    hidden = {"Strict", "Drawn", "Repository", "Mapped", "PythonFile", "Plan", "RunSpec", "Catalog"}
+    hidden |= {"HeadTraining", "FullTraining"}  # without keys
+    assert set(tables.config_classes()) - hidden - shown == set()
 
 
 # --- links -------------------------------------------------------------------------------------

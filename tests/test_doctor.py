@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from costbp.cli import app, doctor
 from costbp.config import load_plan
 from costbp.errors import UserError
+from costbp.estimators import memory_plans
 from costbp.train import selftest
 from costbp.train.selftest import Check, checks
 
@@ -93,10 +95,8 @@ def test_every_method_agrees_with_itself_and_a_wrong_device_is_seen(workdir, mon
 
 def test_masks_that_differ_are_seen(monkeypatch):
     assert selftest._masks(CPU).state == "ok"
-    from costbp.estimators import segments
-
-    fresh = lambda state, device: torch.random.fork_rng()  # noqa: E731 - the state isn't restored
-    monkeypatch.setattr(segments, "randomness_from", fresh)
+    fresh = functools.partial(memory_plans.checkpoint, preserve_rng_state=False)
+    monkeypatch.setattr(memory_plans, "checkpoint", fresh)
     assert selftest._masks(CPU).state == "failed"
 
 
@@ -114,11 +114,9 @@ def test_a_check_that_breaks_is_a_failed_one(monkeypatch, workdir):
 
 def test_memory_is_told_by_model_and_shape(workdir, capsys, monkeypatch):
     monkeypatch.setattr(
-        "costbp.cost.measured.traced_cost",
+        "costbp.cost.pairs.traced_cost",
         lambda plan, model, task, method: (
-            {"peak_by_category": {"weights": 2**30, "temporary": 2**29}}
-            if "demo" in plan.name
-            else None
+            SimpleNamespace(bytes=3 * 2**29) if "demo" in plan.name else None
         ),
     )
     with pytest.raises(UserError):  # there is no GPU and nothing fetched

@@ -11,7 +11,6 @@ from torch import nn
 from costbp.config import load_plan
 from costbp.config.methods import PythonSpec
 from costbp.errors import UserError
-from costbp.estimators import KINDS, build_estimator
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.memory_plans import PLANS, blocks
@@ -114,7 +113,7 @@ def test_every_method_leaves_theta_bit_equal_and_repeats_itself(objective):
     for name, method in load_plan().catalog.methods.items():
         found = []
         for _ in range(2):
-            estimator = build_estimator(method)
+            estimator = method.build()
             for step in (0, 1):  # the first step fills what an estimator remembers
                 data = [batch(3, seed) for seed in range(len(estimator.passes(step)))]
                 estimate = estimator.estimate(single, data, Key(7, step))
@@ -134,7 +133,7 @@ def test_forward_mode_and_zeroth_order_twins_use_the_same_directions(objective):
             continue
         found = []
         for entry in (method, methods[twin]):
-            estimator = build_estimator(entry)
+            estimator = entry.build()
             data = [batch(3, seed) for seed in range(len(estimator.passes(0)))]
             with Lift64():
                 estimate = estimator.estimate(objective, data, Key(7, 0))
@@ -189,7 +188,7 @@ def own(tmp_path, **options):
 
 def test_an_estimator_from_a_file(objective, tmp_path):
     spec = own(tmp_path, options={"value": 0.5})
-    estimate = KINDS[PythonSpec](spec).estimate(objective, [batch()], KEY)
+    estimate = spec.build().estimate(objective, [batch()], KEY)
     assert set(estimate.gradient.tolist()) == {0.5}
     before = spec.checksum
     (tmp_path / "own.py").write_text(OWN + "# changed")
@@ -202,7 +201,7 @@ def test_an_estimator_from_a_file(objective, tmp_path):
 )
 def test_mistakes_in_a_file_are_one_line(tmp_path, function, words):
     with pytest.raises(UserError, match=words) as caught:
-        KINDS[PythonSpec](own(tmp_path, function=function))
+        own(tmp_path, function=function).build()
     assert "\n" not in str(caught.value) and "own.py" in str(caught.value)
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from benchmarks.families import family_source
+from costbp.cost.bench import Bench, entry_from_config
 from costbp.cost.fit import Fitting, cheapest_plan, largest, models_that_fit
 from costbp.cost.products import products, shares
-from costbp.cost.trace import Bench, entry_from_config
-from costbp.cost.units import forward_units
 from costbp.errors import UserError
 from costbp.models.architecture import transformers_config
 from tests.entries import lora, small
@@ -45,34 +44,31 @@ def test_the_largest_that_fits(bytes_at, limit, expected, calls):
 def test_what_fits_is_the_last_that_does(plan):
     bench = Bench(small("llama"))
     search = Fitting(bench, plan.catalog.methods)
-    weights = bench.cost("zo_vanilla", plan.catalog.methods["zo_vanilla"], 1, 8)["weights_bytes"]
+    weights = bench.cost("zo_vanilla", plan.catalog.methods["zo_vanilla"], 1, 8).weights_bytes
     limit = weights + 2**20
+    shape = (2, 16)
+
+    def bytes_at(name, batch, length):
+        return search.cost(name, batch, length).bytes
+
     for name in ("bp_checkpointing", "zo_vanilla"):
-        found = search.fit(name, limit, 2, 16)
-        assert (
-            search.bytes(name, found["batch"], 16)
-            <= limit
-            < search.bytes(name, found["batch"] + 1, 16)
-        )
-        assert (
-            search.bytes(name, 2, found["length"])
-            <= limit
-            < search.bytes(name, 2, found["length"] + 8)
-        )
-    rows = [search.fit(name, limit, 2, 16, False) for name in ("bp_vanilla", "bp_checkpointing")]
-    rows.append(search.fit("zo_vanilla", limit, 2, 16, False))
-    assert cheapest_plan(plan, rows, limit)["method"] == "bp_vanilla"
-    tight = (search.bytes("bp_checkpointing", 2, 16) + search.bytes("bp_vanilla", 2, 16)) / 2
-    assert cheapest_plan(plan, rows, tight)["method"] == "bp_checkpointing"
-    assert cheapest_plan(plan, rows, weights) is None
+        found = search.fit(name, "1GB", limit, shape)
+        assert bytes_at(name, found.batch, 16) <= limit < bytes_at(name, found.batch + 1, 16)
+        assert bytes_at(name, 2, found.length) <= limit < bytes_at(name, 2, found.length + 8)
+    names = ("bp_vanilla", "bp_checkpointing", "zo_vanilla")
+    found = [search.fit(name, "1GB", limit, shape, lengths=False) for name in names]
+    assert cheapest_plan(plan, found, limit).method == "bp_vanilla"
+    tight = (bytes_at("bp_checkpointing", 2, 16) + bytes_at("bp_vanilla", 2, 16)) / 2
+    assert cheapest_plan(plan, found, tight).method == "bp_checkpointing"
+    assert cheapest_plan(plan, found, weights) is None
 
 
 def test_models_are_listed_by_size(plan):
-    rows = models_that_fit(
-        plan, ["bert_large", "bert_base"], {"zo_vanilla": plan.catalog.methods["zo_vanilla"]}, 2, 8
-    )
-    assert [row["model"] for row in rows] == ["bert_base", "bert_large"]
-    assert rows[0]["bytes"]["zo_vanilla"] > 4 * 109e6
+    models = {name: plan.catalog.models[name] for name in ("bert_large", "bert_base")}
+    methods = {"zo_vanilla": plan.catalog.methods["zo_vanilla"]}
+    found = models_that_fit(models, methods, (2, 8))
+    assert [needs.model for needs in found] == ["bert_base", "bert_large"]
+    assert found[0].bytes["zo_vanilla"] > 4 * 109e6
 
 
 # --- the command line, and mistakes ------------------------------------------------------------------
@@ -154,9 +150,7 @@ def test_an_unreadable_configuration(tmp_path):
 
 def test_shares_of_the_rule_of_thumb(plan):
     methods = plan.catalog.methods
-    assert (
-        forward_units(methods["bp_vanilla"]) == 2
-        and forward_units(methods["bp_checkpointing"]) == 3
-    )
+    assert methods["bp_vanilla"].closed_form() == 2
+    assert methods["bp_checkpointing"].closed_form() == 3
     found = shares(products(family_source("llama", layers=64, hidden=512), lora("llama"), 1, 16))
     assert math.isclose(found.live, 1, abs_tol=0.02)

@@ -10,9 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from costbp.config import load_plan
-from costbp.cost.step import CostCounter
-from costbp.cost.units import forward_units
-from costbp.estimators import build_estimator
+from costbp.config.shares import Shares
+from costbp.cost.step import CostCounter, measure_step
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.memory_plans import PLANS, blocks
@@ -29,7 +28,6 @@ from tests.conftest import ROOT
 UNITS = {  # products of one linear layer whose input needs no gradient, by step
     "bp_vanilla": {0: 2},
     "bp_checkpointing": {0: 2},  # a lone layer stores nothing but its input
-    "bp_sqrt": {0: 2},
     "bp_selective": {0: 2},
     "bp_accumulate": {0: 4 * 2},
     "fmad_vanilla": {0: 2},
@@ -62,7 +60,7 @@ def test_the_table_covers_the_catalog():
 def test_flops_of_a_head_equal_the_hand_count(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     objective = Objective(Head(32, 5), cross_entropy)
-    estimator = build_estimator(load_plan().catalog.methods[name])
+    estimator = load_plan().catalog.methods[name].build()
     data = {"features": torch.randn(8, 32), "labels": torch.zeros(8, dtype=torch.long)}
     count = CostCounter(estimator)
     for step, units in UNITS[name].items():
@@ -95,7 +93,7 @@ def test_flops_equal_those_of_torch_s_counter(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     catalog = load_plan().catalog
     objective, data = encoder(catalog)
-    estimator = build_estimator(catalog.methods[name])
+    estimator = catalog.methods[name].build()
     count = CostCounter(estimator)
     for step in (0, 1):
         batches = [data] * len(estimator.passes(step))
@@ -110,7 +108,7 @@ def test_counting_leaves_the_estimator_and_theta_as_they_were(name, monkeypatch)
     monkeypatch.chdir(ROOT)
     objective = Objective(Head(32, 5), cross_entropy)
     data = {"features": torch.randn(8, 32), "labels": torch.zeros(8, dtype=torch.long)}
-    estimator = build_estimator(load_plan().catalog.methods[name])
+    estimator = load_plan().catalog.methods[name].build()
     count = CostCounter(estimator)
     for step in range(3):
         batches = [data] * len(estimator.passes(step))
@@ -160,7 +158,7 @@ def test_checkpointing_saves_what_the_recomputed_blocks_would_keep(monkeypatch):
     for name in ("bp_vanilla", "bp_checkpointing"):
         objective, data = encoder(catalog, layers=8)
         method = catalog.methods[name]
-        peaks[name] = CostCounter(build_estimator(method))(objective, [data], Key(0, 0)).peak_bytes
+        peaks[name] = CostCounter(method.build())(objective, [data], Key(0, 0)).peak_bytes
         existing = {t.untyped_storage().data_ptr() for t in objective.module.parameters()}
         kept = {}
 
@@ -181,20 +179,20 @@ def test_checkpointing_saves_what_the_recomputed_blocks_would_keep(monkeypatch):
     assert peaks["bp_vanilla"] - peaks["bp_checkpointing"] == pytest.approx(spared, rel=0.2)
 
 
-# of two blocks `sqrt` keeps one, so the rule of thumb is far off; test_trace.py has its exact units
-@pytest.mark.parametrize("name", sorted(UNITS.keys() - {"bp_sqrt"}))
+@pytest.mark.parametrize("name", UNITS)
 def test_units_of_an_encoder_are_near_the_closed_form(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     catalog = load_plan().catalog
     objective, data = encoder(catalog, rows=5)  # too many tokens to be batched by `auto`
-    estimator = build_estimator(catalog.methods[name])
+    estimator = catalog.methods[name].build()
     count = CostCounter(estimator)
     costs = [
         count(objective, [data] * len(estimator.passes(step)), Key(0, step))
         for step in range(estimator.cycle)
     ]
     found = blocks(objective.module)
-    expected = forward_units(catalog.methods[name], len(objective.slices), len(found))
+    shares = Shares(tensors=len(objective.slices), blocks=len(found))
+    expected = catalog.methods[name].closed_form(shares)
     if name == "bp_checkpointing":  # the last of two blocks is kept: half of the recomputation
         expected = 2.5
     # below the first adapters nothing has a tangent or a gradient: a tenth of two layers
@@ -209,7 +207,7 @@ def test_a_wrapper_s_vectors_count_towards_the_peak(monkeypatch):
     data = {"features": torch.randn(8, 32), "labels": torch.zeros(8, dtype=torch.long)}
     peaks = {}
     for name in ("zo_vanilla", "zo_accumulate", "zo_svrg"):
-        estimator = build_estimator(methods[name])
+        estimator = methods[name].build()
         batches = [data] * len(estimator.passes(1))
         peaks[name] = CostCounter(estimator)(objective, batches, Key(0, 1)).peak_bytes
     vector = objective.theta.nbytes
@@ -234,3 +232,24 @@ def test_peak_memory_ignores_what_was_there():
     with Meter([weight]) as memory:
         weight.view(10, 100).t()
     assert memory.peak == 0
+
+
+@pytest.mark.parametrize("name", ["bp_vanilla", "fmad_svrg", "zo_adaptive"])
+def test_time_is_the_mean_over_the_cycle_as_flops_are(name, monkeypatch):
+    """A clock that shows FLOPs: then a step's time in forwards is its forward units."""
+    monkeypatch.chdir(ROOT)
+    method = load_plan().catalog.methods[name]
+    objective = Objective(Head(32, 5), cross_entropy)
+    data = {"features": torch.randn(8, 32), "labels": torch.zeros(8, dtype=torch.long)}
+
+    def flops(run, device):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return float(counter.get_total_flops())
+
+    monkeypatch.setattr("costbp.cost.step.median_seconds", flops)
+    optimizer = method.optimizer.build(objective.theta)
+    cost = measure_step(objective, method.build(), optimizer, data, timed=True)
+    assert cost.seconds / cost.forward_seconds == pytest.approx(cost.forward_units)
+    assert cost.forward_units == pytest.approx(method.closed_form(Shares(tensors=2)))
+    assert cost.peak_bytes > 0 and cost.state_bytes >= 2 * objective.theta.nbytes

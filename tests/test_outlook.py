@@ -13,8 +13,8 @@ import pytest
 from costbp.config import load_plan
 from costbp.config.catalog import BudgetEntry, HubData
 from costbp.config.load import overlaid
+from costbp.cost.bench import Bench
 from costbp.cost.outlook import outlook, told
-from costbp.cost.trace import Bench
 from costbp.data.pairs import check_pairs
 from costbp.errors import UserError
 from tests.conftest import ROOT
@@ -63,9 +63,9 @@ def test_flops_of_a_budget_are_those_of_a_trace(model, task, classes):
     assert found.runs == 4
     # the trace's image has 18 patches a side at this length, the estimate's as many as image_side
     close = 0.15 if model == "qwen2_vl_2b" else 1e-3
-    assert found.flops == pytest.approx(4 * 10 * cost["forward_flops"], rel=close)
+    assert found.flops == pytest.approx(4 * 10 * cost.forward_flops, rel=close)
     steps = of((model,), (task,), ("bp_vanilla",), BudgetEntry(label="b", steps=7), (0,))
-    assert outlook(steps).flops == pytest.approx(7 * cost["flops"], rel=close)
+    assert outlook(steps).flops == pytest.approx(7 * cost.flops, rel=close)
 
 
 def test_what_is_not_known_is_said():

@@ -35,7 +35,7 @@ from costbp.data import encoded
 from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.errors import UserError
-from costbp.estimators import Estimate, build_estimator, calibrated, directions, segments
+from costbp.estimators import Estimate, calibrated, directions, memory_plans
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.memory_plans import PLANS
 from costbp.models.build import build_model
@@ -117,7 +117,7 @@ def moved(family: str, device: torch.device, **options: Any) -> tuple[Objective,
 
 def three_steps(objective: Objective, batch: Batch, method: Any) -> tuple[list[Any], list[str]]:
     """Figures and theta after each step; and where the host waited for a device."""
-    estimator = build_estimator(method)
+    estimator = method.build()
     optimizer = method.optimizer.build(objective.theta)
     found, waits = [], []
     for step in range(3):
@@ -195,7 +195,7 @@ def recorded(plan, spec, device, *, test=False):
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_runs_are_those_of_the_cpu(plan, kind):
     """Settled differences, training, evaluation, test scores both ways, and all that is recorded."""
-    reverse = "bp_checkpointing" if list(KINDS).index(kind) % 2 else "bp_sqrt"
+    reverse = "bp_checkpointing" if list(KINDS).index(kind) % 2 else "bp_selective"
     for method in (reverse, "fmad_multiple", "zo_vanilla"):
         test, spec = method == reverse, spec_of(plan, kind, method)
         _, wanted = recorded(plan, spec, CPU, test=test)
@@ -241,7 +241,7 @@ def once(places: list[str]) -> bool:
 @apart
 @pytest.mark.parametrize("kind", ["features", "numbers"])
 def test_a_step_waits_once(plan, kind):
-    for method in methods() if kind == "features" else ("bp_sqrt", "zo_svrg"):
+    for method in methods() if kind == "features" else ("bp_selective", "zo_svrg"):
         waits = waits_of(run_of(plan, kind, method, 5))
         assert all(map(once, waits)), (method, waits)
 
@@ -284,8 +284,7 @@ def test_a_run_that_continues_waits_once(plan, method, tmp_path):
 
 
 def masked(plan: str) -> list[float]:
-    """A gradient under dropout by a plan for memory, on the second device; ``sqrt`` makes three
-    segments of two blocks."""
+    """A gradient under dropout by a plan for memory, on the second device."""
     objective, batch = moved("bert", SECOND, layers=6, dropout=0.3)
     with torch.autograd.set_multithreading_enabled(False):
         return Backprop(PLANS[plan]).estimate(objective, [batch], Key(1, 0)).gradient.tolist()
@@ -296,10 +295,9 @@ def test_on_a_second_device_masks_are_drawn_again_as_they_were(monkeypatch):
     wanted = masked("none")
     for plan in PLANS:
         assert masked(plan) == wanted, plan
-    for name in ("random_state", "randomness_from"):  # of the first device: read, then also set
-        plain = getattr(measured, name)
-        monkeypatch.setattr(segments, name, lambda *args, plain=plain: plain(*args[:-1], GPU))
-        assert masked("sqrt") != wanted
+    fresh = functools.partial(memory_plans.checkpoint, preserve_rng_state=False)
+    monkeypatch.setattr(memory_plans, "checkpoint", fresh)
+    assert masked("per_block") != wanted
 
 
 @apart

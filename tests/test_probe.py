@@ -12,8 +12,8 @@ from torch.overrides import _get_current_function_mode_stack
 from benchmarks.families import FAMILIES, family_batch, family_objective, family_source
 from costbp.config.catalog import LoraTraining
 from costbp.config.load import load_plan
-from costbp.config.methods import LEAST_RATE, OptimizerSpec
-from costbp.estimators import build_estimator
+from costbp.config.methods import LEAST_RATE
+from costbp.config.optimizer import OptimizerSpec
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.oracles import Central, Exact, OneSided, _moving, _one, losses_at
 from costbp.estimators.precision import float32_products
@@ -76,7 +76,7 @@ def cosine(estimator, objective, data, against):
 )
 def test_in_float32_the_usual_step_stays(methods, name):
     objective, data = half("llama", torch.float32)
-    theta, estimator = objective.theta.clone(), build_estimator(methods[name])
+    theta, estimator = objective.theta.clone(), methods[name].build()
     probe = settle(objective, estimator, data, KEY)
     assert (probe.eps, probe.float32) == (1e-3, False)
     assert probe.error < 0.05 and probe.cosine > 0.998 and probe.snr > 400
@@ -92,7 +92,7 @@ def test_a_base_in_bfloat16_gets_differences_that_follow_the_derivative(methods,
     objective, data = half(family, rank=rank)
     exact = widened(objective)
     for name in ("zo_vanilla", "fzoo"):
-        untold, estimator = (build_estimator(methods[name]) for _ in range(2))
+        untold, estimator = (methods[name].build() for _ in range(2))
         probe = settle(objective, estimator, data, KEY)
         assert probe.error <= GOOD
         after = cosine(estimator, objective, data, exact)
@@ -111,7 +111,7 @@ def test_a_step_that_an_entry_fixes_is_kept_and_measured():
 def test_estimators_of_exact_derivatives_settle_nothing(methods):
     objective, data = half("llama", torch.float32)
     for name in ("bp_checkpointing", "fmad_multiple", "fmad_guess"):
-        assert settle(objective, build_estimator(methods[name]), data, KEY) is None
+        assert settle(objective, methods[name].build(), data, KEY) is None
 
 
 def test_a_step_far_too_long_is_shortened():
@@ -207,7 +207,7 @@ def test_no_mode_sees_the_operators_of_a_step_with_adapters(methods, name):
         module.register_forward_pre_hook(
             lambda m, i: seen.append(len(_get_current_function_mode_stack()))
         )
-    build_estimator(methods[name]).estimate(objective, [data], KEY)
+    methods[name].build().estimate(objective, [data], KEY)
     assert seen and not any(seen)
 
 

@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from benchmarks.families import family_source
 from costbp.config.load import overlaid
-from costbp.cost.trace import Bench
+from costbp.cost.bench import Bench
 from costbp.estimators.forward_mode import directional_derivatives
 from costbp.models.architecture import sample_batch, transformers_config
 from costbp.models.build import build_from_config

@@ -43,7 +43,7 @@ STUDY = {
     ],
     "device": "cpu",  # the GPU exists in Slurm's books only
 }
-ON_GPU = {"resources": {"gpu": 1, "mem_mb": 600, "runtime": 10}}
+ON_GPU = {"resources": {"methods_per_job": 1, "gpu": 1, "mem_mb": 600, "runtime": 10}}
 
 # Figures that may not depend on where a job ran; seconds may.
 COLUMNS = [

@@ -12,7 +12,7 @@ import torch
 from costbp.config import Cell, load_plan
 from costbp.config.load import overlaid
 from costbp.config.study import Plan
-from costbp.cost.step import StepCost
+from costbp.cost.step import Count
 from costbp.data.encode import Prompter, encode
 from costbp.data.pairs import Pair
 from costbp.data.prepare import Prepared, load_prepared, prepare
@@ -107,7 +107,7 @@ def test_every_method_takes_three_steps(plan, kind):
         start = run.objective.theta.clone()
         for _ in range(3):
             key = Key(0, run.state.step)
-            loss, *_ = run.step(run.batches(), key, StepCost(0, 1.0, 0))
+            loss, *_ = run.step(run.batches(), key, Count(0, 1.0, 0))
             assert math.isfinite(loss), (kind, method)
         assert run.objective.finite(), (kind, method)
         assert not torch.equal(run.objective.theta, start), (kind, method)

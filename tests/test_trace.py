@@ -9,11 +9,11 @@ from torch import nn
 from benchmarks.families import CLASSIFIERS, FAMILIES, family_source
 from costbp.config.catalog import FullTraining, ModelEntry
 from costbp.config.load import overlaid
-from costbp.cost.memory import peak_bytes
-from costbp.cost.trace import Bench
+from costbp.cost.bench import Bench
 from costbp.cost.weightless import META, MissingNumbersError, weightless
 from costbp.errors import UserError
 from costbp.meter import Meter, counted
+from tests.closed_form_memory import peak_bytes
 from tests.entries import METHODS, lora, small
 
 # parameters: as the models' cards and papers count them (encoders with the study's head of 4
@@ -45,15 +45,15 @@ def test_a_trace_counts_what_runs_on_the_cpu(plan, family):
         method = plan.catalog.methods[name]
         one, other = (bench.cost(name, method, 2, 12, timed=False) for bench in (traced, real))
         for key in ("flops", "forward_flops", "state_bytes", "weights_bytes", "d"):
-            assert one[key] == other[key], (name, key)
+            assert getattr(one, key) == getattr(other, key), (name, key)
         # integers stay on the CPU in both; only tensors of a few bytes may differ
-        assert one["peak_bytes"] == pytest.approx(other["peak_bytes"], rel=2e-3, abs=256), name
+        assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=2e-3, abs=256), name
 
 
 def test_seconds_are_those_of_a_device(plan):
     method = plan.catalog.methods["zo_vanilla"]
     found = {d: Bench(small("bert", layers=1), d).cost("x", method, 1, 8) for d in ("meta", "cpu")}
-    assert found["meta"]["seconds"] is None and found["cpu"]["seconds"] > 0
+    assert found["meta"].seconds is None and found["cpu"].seconds > 0
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,6 @@ def test_units_are_those_of_products_counted_by_hand(plan, family, train):
     for name in (
         "bp_vanilla",
         "bp_checkpointing",
-        "bp_sqrt",
         "fmad_multiple",
         "zo_vanilla",
         "fzoo",
@@ -73,7 +72,7 @@ def test_units_are_those_of_products_counted_by_hand(plan, family, train):
         cost = bench.cost(name, plan.catalog.methods[name], 3, 32)
         # forward mode also multiplies by the first block's keys, whose tangents are zeros
         loose = 0.005 if name.startswith("fmad") else 1e-6
-        assert cost["theory_units"] == pytest.approx(cost["forward_units"], rel=loose), name
+        assert cost.closed_form == pytest.approx(cost.forward_units, rel=loose), name
 
 
 @pytest.mark.parametrize(
@@ -97,8 +96,7 @@ def test_bytes_are_those_of_the_closed_form(plan, family, dtype, length):
         cost = bench.cost(name, plan.catalog.methods[name], 8, length)
         expected = peak_bytes(source, train, step, 8, length)
         loose = 0.25 if encoder and name == "fmad_vanilla" else 0.06 if encoder else 0.03
-        assert expected == pytest.approx(cost["peak_bytes"], rel=loose), name
-        assert cost["theory_bytes"] == expected
+        assert expected == pytest.approx(cost.peak_bytes, rel=loose), name
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
@@ -106,7 +104,8 @@ def test_the_first_block_keeps_less(plan, family):
     source = family_source(family, hidden=512, inner=1536, layers=1, heads=8, vocabulary=64)
     bench = Bench(ModelEntry(label=family, source=source, train=lora(family)))
     cost = bench.cost("x", plan.catalog.methods["bp_vanilla"], 8, 64)
-    assert cost["theory_bytes"] == pytest.approx(cost["peak_bytes"], rel=0.03)
+    expected = peak_bytes(source, lora(family), "backprop", 8, 64)
+    assert expected == pytest.approx(cost.peak_bytes, rel=0.03)
 
 
 def test_a_two_block_model_by_hand(plan):
@@ -124,8 +123,8 @@ def test_a_two_block_model_by_hand(plan):
     live = 2 * (linear + 2 * attention + 2 * adapters) - first - key - a
     live += 2 * batch * (hidden**2 + 2 * hidden * classes)
     found = Bench(entry).cost("bp_vanilla", plan.catalog.methods["bp_vanilla"], batch, length)
-    assert found["forward_flops"] == forward
-    assert found["flops"] == forward + live
+    assert found.forward_flops == forward
+    assert found.flops == forward + live
 
 
 def test_llama_at_full_size(plan):
@@ -133,11 +132,11 @@ def test_llama_at_full_size(plan):
     bench = Bench(overlaid(plan.catalog.models["llama_3_1_8b"], bf16, "test"))
     expected = {"bp_vanilla": 2.00, "bp_checkpointing": 2.66, "fmad_vanilla": 2.00, "zo_vanilla": 2}
     found = {n: bench.cost(n, plan.catalog.methods[n], 8, 64) for n in expected}
-    assert {n: round(c["forward_units"], 2) for n, c in found.items()} == expected
-    assert found["bp_vanilla"]["forward_flops"] == pytest.approx(7.70e12, rel=1e-3)
-    beyond = {name: cost["peak_bytes"] for name, cost in found.items()}
+    assert {n: round(c.forward_units, 2) for n, c in found.items()} == expected
+    assert found["bp_vanilla"].forward_flops == pytest.approx(7.70e12, rel=1e-3)
+    beyond = {name: cost.peak_bytes for name, cost in found.items()}
     assert beyond["bp_checkpointing"] < beyond["fmad_vanilla"] < beyond["bp_vanilla"]
-    assert found["zo_vanilla"]["weights_bytes"] == pytest.approx(2 * 8_030_261_248, rel=1e-6)
+    assert found["zo_vanilla"].weights_bytes == pytest.approx(2 * 8_030_261_248, rel=1e-6)
 
 
 def test_four_bit_weights_count_half_a_byte_and_their_scales(plan):
@@ -145,9 +144,9 @@ def test_four_bit_weights_count_half_a_byte_and_their_scales(plan):
     cost = packed.cost("zo_vanilla", plan.catalog.methods["zo_vanilla"], 2, 16)
     blocks = 24 * (4 * 2048**2 + 2 * 2048 * 8192)
     rest = packed.parameters - blocks
-    assert cost["weights_bytes"] == pytest.approx(blocks * (0.5 + 2 / 128) + 2 * rest, rel=1e-3)
+    assert cost.weights_bytes == pytest.approx(blocks * (0.5 + 2 / 128) + 2 * rest, rel=1e-3)
     largest_layer = 2048 * 8192
-    assert cost["peak_by_category"]["temporary"] >= 2 * largest_layer  # unpacked for its product
+    assert cost.peak_by_category["temporary"] >= 2 * largest_layer  # unpacked for its product
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "qwen2_vl"])
@@ -158,7 +157,7 @@ def test_every_method_runs_on_a_packed_base(plan, name):
     for key in ("bp_checkpointing", "fmad_vanilla", "fmad_multiple", "zo_vanilla", "fzoo"):
         cost = bench.cost(key, plan.catalog.methods[key], 4, 32)
         loose = 0.02 if key.startswith("fmad") else 1e-6
-        assert cost["theory_units"] == pytest.approx(cost["forward_units"], rel=loose), key
+        assert cost.closed_form == pytest.approx(cost.forward_units, rel=loose), key
 
 
 def test_categories_add_up_and_say_what_is_known(plan):
@@ -166,23 +165,21 @@ def test_categories_add_up_and_say_what_is_known(plan):
     bench = Bench(entry)
     costs = {n: bench.cost(n, plan.catalog.methods[n], 2, 32) for n in (*METHODS, "fmad_multiple")}
     for cost in costs.values():
-        whole = sum(cost["peak_by_category"].values())
-        assert whole == cost["peak_bytes"] + cost["state_bytes"] + cost["weights_bytes"]
+        whole = sum(cost.peak_by_category.values())
+        assert whole == cost.peak_bytes + cost.state_bytes + cost.weights_bytes
     logits = 2 * 32 * 2048 * 4
-    assert costs["zo_vanilla"]["peak_by_category"]["logits and loss"] >= 2 * logits
-    kept = {
-        name: cost["peak_by_category"].get("saved activations", 0) for name, cost in costs.items()
-    }
+    assert costs["zo_vanilla"].peak_by_category["logits and loss"] >= 2 * logits
+    kept = {name: cost.peak_by_category.get("saved activations", 0) for name, cost in costs.items()}
     assert kept["bp_checkpointing"] < kept["bp_selective"] < kept["bp_vanilla"]
     assert kept["zo_vanilla"] == kept["fmad_vanilla"] == 0
-    one, many = (costs[n]["peak_by_category"] for n in ("fmad_vanilla", "fmad_multiple"))
+    one, many = (costs[n].peak_by_category for n in ("fmad_vanilla", "fmad_multiple"))
     assert many["directions"] == pytest.approx(8 * one["directions"], rel=0.01)
 
 
 def test_tangents_are_told_from_activations(plan):
     bench = Bench(small("bert", layers=4))
     one, many, none = (
-        bench.cost(name, plan.catalog.methods[name], 2, 32)["peak_by_category"].get("tangents", 0)
+        bench.cost(name, plan.catalog.methods[name], 2, 32).peak_by_category.get("tangents", 0)
         for name in ("fmad_vanilla", "fmad_multiple", "zo_vanilla")
     )
     hidden = 2 * 32 * 32 * 4

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from costbp.analysis.figures import write as draw
 from costbp.analysis.report import unusual, write_claims, write_page
 from costbp.analysis.tables import write as tabulate
 from costbp.config import Cell, load_plan
-from costbp.cost.measured import traced_cost
+from costbp.cost.pairs import traced_cost
 from costbp.data.pairs import Pair
 from costbp.data.prepare import prepare
 from costbp.estimators.projected import Projected
@@ -122,8 +123,8 @@ def limited(plan, memory, **more):
 @pytest.fixture
 def traced(monkeypatch):
     """A step of three MiB by its trace."""
-    entry = {"peak_by_category": {"weights": 2 * 2**20, "temporary": 2**20}, "d": 260}
-    monkeypatch.setattr(experiment, "traced_cost", lambda *names: entry)
+    record = SimpleNamespace(bytes=3 * 2**20, d=260)
+    monkeypatch.setattr(experiment, "traced_cost", lambda *names: record)
 
 
 def test_a_run_that_does_not_fit_is_not_started(plan, traced, monkeypatch):
@@ -165,8 +166,9 @@ def test_a_report_of_runs_of_which_some_had_no_room(plan, monkeypatch):
     plan = plan.model_copy(
         update={"study": plan.study.model_copy(update={"experiments": blocks, "seeds": (0,)})}
     )
-    entry = dict.fromkeys(("forward_units", "theory_units", "flops", "forward_flops"), 2.0)
+    entry = dict.fromkeys(("forward_units", "closed_form", "flops", "forward_flops"), 2.0)
     entry |= dict.fromkeys(("peak_bytes", "state_bytes", "weights_bytes", "batch", "seq"), 1)
+    entry |= {"peak_by_category": {"weights": 1}, "d": 1}
     entries = [entry | dict(zip(("model", "task", "method"), c, strict=False)) for c in cells]
     write_json(
         plan.results / "cost/tiny_head/docstrings.json", [e | {"device": "meta"} for e in entries]
@@ -206,6 +208,6 @@ def test_a_gpu_study_on_a_card_too_small_has_a_report(tmp_path):
         page = (plan.study.paths.reports / "index.html").read_text()
         assert page.count("does_not_fit") >= len(list(plan.cells()))
         cell = next(iter(plan.cells()))
-        needed = sum(traced_cost(plan, *cell[:3])["peak_by_category"].values())
+        needed = traced_cost(plan, *cell[:3]).bytes
         record = read_record(plan.specs(cell)[0].folder(plan.study.paths.store))
         assert record.summary.predicted_bytes == needed > 1024

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +19,7 @@ from costbp.analysis.figures import MARKERS, save
 from costbp.analysis.report import embedded, render
 from costbp.analysis.tables import markdown, si
 from costbp.config.study import Plan
+from costbp.cost.record import Fit, read_costs, read_records
 from costbp.errors import UserError
 from costbp.files import write_text
 
@@ -36,14 +36,17 @@ def plain(value: float, _: int = 0) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def read(paths: Sequence[Path]) -> pd.DataFrame:
-    """Entries of several files in one frame; a column ``bytes`` holds all bytes at the peak."""
-    rows = [entry for path in paths for entry in json.loads(path.read_text(encoding="utf-8"))]
-    frame = pd.DataFrame(rows)
-    if "peak_by_category" in frame:
-        frame["bytes"] = [sum(parts.values()) for parts in frame["peak_by_category"]]
-        frame["beyond"] = frame["bytes"] - frame["weights_bytes"]
-    return frame
+def _frame(folder: Path, names: Iterable[str]) -> pd.DataFrame:
+    """Records of several files in one frame, with ``bytes`` and ``beyond`` of each."""
+    if folder.name == "fits":
+        fits = [fit for name in names for fit in read_records(folder / f"{name}.json", Fit)]
+        return pd.DataFrame([fit.model_dump() for fit in fits])
+    records: list[pd.DataFrame] = []
+    for name in names:
+        found = read_costs(folder / f"{name}.json")
+        rows = [{**r.model_dump(), "bytes": r.bytes, "beyond": r.beyond} for r in found]
+        records.append(pd.DataFrame(rows).assign(sweep=name))
+    return pd.concat(records, ignore_index=True)
 
 
 def _labels(plan: Plan, frame: pd.DataFrame) -> pd.DataFrame:
@@ -260,7 +263,7 @@ def table(plan: Plan, traces: pd.DataFrame) -> pd.DataFrame:
             "Model": frame["Model"],
             "Method": frame["Method"],
             "Forward units": frame["forward_units"].map("{:.2f}".format),
-            "Closed form": frame["theory_units"].map("{:.2f}".format),
+            "Closed form": frame["closed_form"].map("{:.2f}".format),
             "FLOPs": frame["flops"].map(si),
             "GiB beyond weights": (frame["beyond"] / GIB).map("{:.3f}".format),
             "GiB in all": (frame["bytes"] / GIB).map("{:.2f}".format),
@@ -275,7 +278,7 @@ def write(plan: Plan, folder: Path) -> None:
             f"study '{plan.name}' has no `costs`; config/studies/full_size.yaml is one that has"
         )
     results = plan.results / "costs"
-    traces = read([results / "traces" / f"{name}.json" for name in plan.study.costs.models])
+    traces = _frame(results / "traces", plan.study.costs.models)
     drawn: dict[str, tuple[Callable[..., Figure], pd.DataFrame]] = {
         "memory": (memory, traces),
         "flops": (flops, traces),
@@ -285,7 +288,7 @@ def write(plan: Plan, folder: Path) -> None:
     named = {"sweeps": list(costs.sweeps), "fits": costs.fits.models if costs.fits else ()}
     for name, draw in (("sweeps", sweeps), ("fits", fits)):
         if named[name]:
-            drawn[name] = draw, read([results / name / f"{one}.json" for one in named[name]])
+            drawn[name] = draw, _frame(results / name, named[name])
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.15)
     images = {}
     for name, (draw, frame) in drawn.items():

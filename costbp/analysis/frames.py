@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from costbp.config.study import Plan
+from costbp.cost.record import read_costs
 from costbp.errors import UserError
 from costbp.files import atomic
 from costbp.train.record import STEPS, Record, read_record
@@ -70,7 +70,11 @@ def collect(plan: Plan) -> Frames:
             steps = pd.read_parquet(folder / STEPS)
             found = steps.loc[steps["validation_accuracy"].notna(), EVALUATED]
             curves.append(found.assign(**names))
-    costs = [entry for model, task in plan.pairs() for entry in _cost_file(plan, model, task)]
+    costs: list[dict[str, Any]] = [
+        cost.model_dump()
+        for model, task in plan.pairs()
+        for cost in read_costs(plan.results / "cost" / model / f"{task}.json")
+    ]
     known = [curve for curve in curves if len(curve)] or curves[:1]  # a run may have ended before
     table = pd.DataFrame(runs)
     return Frames(table, pd.concat(known, ignore_index=True), _measured(pd.DataFrame(costs), table))
@@ -97,14 +101,6 @@ def _measured(costs: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     columns = {source: pd.to_numeric(runs[source]) for source, _ in MEASURED.values()}
     found = runs.assign(**columns).groupby(keys, sort=False).agg(**MEASURED).reset_index()
     return costs.drop(columns=list(MEASURED), errors="ignore").merge(found, on=keys, how="left")
-
-
-def _cost_file(plan: Plan, model: str, task: str) -> list[dict[str, Any]]:
-    path = plan.results / "cost" / model / f"{task}.json"
-    if not path.exists():
-        raise UserError(f"{path} is missing; run `snakemake` to compute it", 1)
-    entries: list[dict[str, Any]] = json.loads(path.read_text())
-    return entries
 
 
 def save(frames: Frames, folder: Path) -> None:

@@ -144,7 +144,7 @@ def cost_table(plan: Plan, frames: Frames) -> pd.DataFrame:
                 "Task": plan.catalog.tasks[row.task].label,
                 "Method": plan.catalog.methods[row.method].label,
                 "Forward units": f"{row.forward_units:.2f}",
-                "Closed form": "-" if pd.isna(row.theory_units) else f"{row.theory_units:.3g}",
+                "Closed form": "-" if pd.isna(row.closed_form) else f"{row.closed_form:.3g}",
                 "Time, forwards": "-" if math.isnan(forwards) else f"{forwards:.1f}",
                 "FLOPs": si(row.flops),
                 "Peak beyond weights": mib(row.peak_bytes + row.state_bytes),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
@@ -18,7 +18,10 @@ from costbp.config.sources import ConfigSource
 from costbp.config.study import Plan
 from costbp.console import bar, table, track
 from costbp.errors import UserError
-from costbp.files import write_json
+
+if TYPE_CHECKING:
+    from costbp.config.entries import Strict
+    from costbp.cost.record import CostRecord, Fit, Needs
 
 ALIASES = {"lora.r": "train.rank", "lora.rank": "train.rank", "lora.alpha": "train.alpha"}
 
@@ -69,8 +72,8 @@ def cost(
     Models with a configuration (the study's nine, or any `config.json`) are traced at full size
     without weights. Models with weights are measured on a task's batches on the CPU.
     """
-    from costbp.cost.measured import measure_costs, traceable, write_costs
-    from costbp.cost.trace import Bench
+    from costbp.cost.bench import Bench
+    from costbp.cost.pairs import pair_costs, traceable
 
     study = load(config, plan)
     entry = model_entry(study, model, settings)
@@ -81,14 +84,14 @@ def cost(
     shaped = traceable(entry, study.study.paths.cache / "assets")
     if task is not None and not changed and model in study.catalog.models:
         names = wanted(study, method, study.pairs().get((model, task), []))
-        entries = measure_costs(study, model, task, names, timed=out is None)
+        records = pair_costs(study, model, task, names, timed=out is None)
     elif shaped is not None:
         shape = study.catalog.tasks[task] if task else None
-        batch = batch or (shape.batch_size if shape else BATCH)
-        seq = seq or (shape.max_length if shape else SEQ)
-        bench, methods = Bench(shaped, device or "meta"), study.catalog.methods
-        entries = [
-            {**bench.cost(name, methods[name], batch, seq), "model": model, "task": task}
+        size = batch or (shape.batch_size if shape else BATCH)
+        length = seq or (shape.max_length if shape else SEQ)
+        bench, methods = Bench(shaped, device or "meta", name=model), study.catalog.methods
+        records = [
+            bench.cost(name, methods[name], size, length, task=task)
             for name in track(wanted(study, method), f"tracing {model}")
         ]
     elif changed:
@@ -98,17 +101,26 @@ def cost(
         )
     else:
         raise UserError(f"model '{model}' is measured on data: name its --task")
+    hand_out(records, out, as_json, lambda: show(records))
+
+
+def hand_out(
+    records: Sequence[Strict], out: Path | None, as_json: bool, show: Callable[[], None]
+) -> None:
+    """Write records for the workflow if it asks, and show them: as JSON, or as a table."""
+    from costbp.cost.record import write_costs
+
     if out is not None:
-        write_costs(out, entries)
+        write_costs(out, records)
     if as_json:
-        print(json.dumps(entries, indent=2))
+        print(json.dumps([record.model_dump(mode="json") for record in records], indent=2))
     else:
-        show(entries)
+        show()
 
 
 def model_entry(study: Plan, name: str, settings: Sequence[str] | None) -> ModelEntry:
     """The entry of a name, or of a configuration file, with ``settings`` laid over it."""
-    from costbp.cost.trace import entry_from_config
+    from costbp.cost.bench import entry_from_config
 
     path = Path(name)
     if name not in study.catalog.models and (path.suffix == ".json" or path.is_dir()):
@@ -134,35 +146,30 @@ def wanted(study: Plan, text: str, default: Sequence[str] = ()) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def show(entries: Sequence[Mapping[str, Any]]) -> None:
+def show(records: Sequence[CostRecord]) -> None:
     """A table of costs, with a bar of the bytes at the peak."""
     from costbp.analysis.tables import mib, si
 
-    most = max(_beyond(entry) for entry in entries)
+    most = max(record.beyond for record in records)
     rows = [
         (
-            e["method"],
-            f"{e['forward_units']:.2f}",
-            "-" if e["theory_units"] is None else f"{e['theory_units']:.3g}",
-            si(e["flops"]),
-            "-" if e["seconds"] is None else f"{e['seconds'] / e['forward_seconds']:.1f}",
-            mib(_beyond(e)),
-            bar({k: v for k, v in e["peak_by_category"].items() if k != "weights"}, most),
+            r.method,
+            f"{r.forward_units:.2f}",
+            "-" if r.closed_form is None else f"{r.closed_form:.3g}",
+            si(r.flops),
+            "-" if r.time is None else f"{r.time:.1f}",
+            mib(r.beyond),
+            bar({k: v for k, v in r.peak_by_category.items() if k != "weights"}, most),
         )
-        for e in entries
+        for r in records
     ]
-    first = entries[0]
+    first = records[0]
     title = (
-        f"{first['model']}, batch {first['batch']} x {first['seq']}, on {first['device']}; weights "
-        f"{mib(first['weights_bytes'])}, trained {first['d']:,}"
+        f"{first.model}, batch {first.batch} x {first.seq}, on {first.device}; weights "
+        f"{mib(first.weights_bytes)}, trained {first.d:,}"
     )
     head = ("method", "forward units", "closed form", "FLOPs", "time, forwards", "peak beyond")
     table(title, (*head, "what it is for"), rows)
-
-
-def _beyond(entry: Mapping[str, Any]) -> int:
-    """Bytes at the peak beyond the frozen weights."""
-    return sum(entry["peak_by_category"].values()) - entry["weights_bytes"]
 
 
 @app.command()
@@ -180,7 +187,7 @@ def fit(
     ] = None,
     method: Annotated[
         str, typer.Option("--method", "-M", help="Comma-separated; default: the usual ones.")
-    ] = "bp_vanilla,bp_selective,bp_sqrt,bp_checkpointing,fmad_vanilla,fmad_multiple,zo_vanilla",
+    ] = "bp_vanilla,bp_selective,bp_checkpointing,fmad_vanilla,fmad_multiple,zo_vanilla",
     batch: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = BATCH,
     seq: Annotated[int, typer.Option(min=2, help="Tokens an example.")] = SEQ,
     reserve: Annotated[str, typer.Option(help="What driver and others take.")] = "0.5GB",
@@ -196,79 +203,78 @@ def fit(
     Without --model: which of the catalog's models each method can train at all. Bytes are those
     of a trace without weights (`costbp cost`); fragmentation is not among them.
     """
+    from costbp.cost.bench import Bench
     from costbp.cost.fit import Fitting, models_that_fit
-    from costbp.cost.trace import Bench
 
     study = load(config, plan)
     names = wanted(study, method)
     methods = {name: study.catalog.methods[name] for name in names}
     reserved = bytes_of("reserve", reserve)
     limits = {card: bytes_of("memory", card) - reserved for card in memory.split(",")}
+    shape = (batch, seq)
     if model is None:
-        models = track(list(sized(study)), "tracing models")
-        found = models_that_fit(study, models, methods, batch, seq)
-    else:
-        search = Fitting(Bench(model_entry(study, model, settings)), methods)
-        found = [
-            {"model": model, "memory": card, **search.fit(name, limit, batch, seq, lengths)}
-            for name in track(names, f"fitting {model}")
-            for card, limit in limits.items()
-        ]
-    if out is not None:
-        write_json(out, found)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        for card, limit in limits.items():
-            if model is None:
-                show_models(found, names, card, limit, (batch, seq))
-            else:
-                show_fits(study, [row for row in found if row["memory"] == card], limit)
+        models = sized(study)
+        needs = models_that_fit(
+            {n: models[n] for n in track(list(models), "tracing models")}, methods, shape
+        )
+        hand_out(needs, out, as_json, lambda: show_models(needs, names, limits, shape))
+        return
+    search = Fitting(Bench(model_entry(study, model, settings), name=model), methods)
+    fits = [
+        search.fit(name, card, limit, shape, lengths)
+        for name in track(names, f"fitting {model}")
+        for card, limit in limits.items()
+    ]
+    hand_out(fits, out, as_json, lambda: show_fits(study, fits, limits))
 
 
-def show_fits(study: Plan, rows: Sequence[Mapping[str, Any]], limit: int) -> None:
-    """What each method can do on one card, and the cheapest backpropagation that fits."""
+def show_fits(study: Plan, fits: Sequence[Fit], limits: Mapping[str, int]) -> None:
+    """What each method can do on each card, and the cheapest backpropagation that fits."""
     from costbp.cost.fit import cheapest_plan
 
-    batch, seq = rows[0]["wanted_batch"], rows[0]["seq"]
-    words = [
-        (
-            row["method"],
-            f"{row['units']:.2f}",
-            f"{row['bytes'] / 2**30:.2f}" + ("" if row["bytes"] <= limit else "  does not fit"),
-            *(
-                "not searched" if row[key] is None else f"{row[key]:,}" if row[key] else "none fits"
-                for key in ("batch", "length")
-            ),
+    def number(value: int | None) -> str:
+        return "not searched" if value is None else f"{value:,}" if value else "none fits"
+
+    for card, limit in limits.items():
+        rows = [fit for fit in fits if fit.memory == card]
+        words = [
+            (
+                row.method,
+                f"{row.units:.2f}",
+                f"{row.bytes / 2**30:.2f}" + ("" if row.bytes <= limit else "  does not fit"),
+                number(row.batch),
+                number(row.length),
+            )
+            for row in rows
+        ]
+        batch, seq = rows[0].wanted_batch, rows[0].seq
+        head = ("method", "forward units", f"GiB at {batch} x {seq}")
+        most = (f"largest batch at {seq} tokens", f"largest length at batch {batch}")
+        title = f"{rows[0].model} in {card}, {limit / 2**30:.1f} GiB of it free"
+        table(title, (*head, *most), words)
+        best = cheapest_plan(study, rows, limit)
+        print(
+            "no backpropagation plan fits"
+            if best is None
+            else f"cheapest backpropagation that fits: {best.method}, {best.units:.2f} forward units"
         )
-        for row in rows
-    ]
-    head = ("method", "forward units", f"GiB at {batch} x {seq}", f"largest batch at {seq} tokens")
-    title = f"{rows[0]['model']} in {rows[0]['memory']}, {limit / 2**30:.1f} GiB of it free"
-    table(title, (*head, f"largest length at batch {batch}"), words)
-    best = cheapest_plan(study, rows, limit)
-    print(
-        "no backpropagation plan fits"
-        if best is None
-        else f"cheapest backpropagation that fits: {best['method']}, {best['units']:.2f} forward units"
-    )
 
 
 def show_models(
-    rows: Sequence[Mapping[str, Any]],
+    needs: Sequence[Needs],
     names: Sequence[str],
-    card: str,
-    limit: int,
+    limits: Mapping[str, int],
     shape: tuple[int, int],
 ) -> None:
     """GiB of a step of each method on each model; in brackets where it exceeds the card."""
-    words = []
-    for row in rows:
-        sizes = (row["bytes"][name] for name in names)
-        shown = (f"{n / 2**30:.2f}" if n <= limit else f"({n / 2**30:.2f})" for n in sizes)
-        words.append((row["model"], f"{row['parameters'] / 1e9:.2f} G", *shown))
-    title = f"GiB at batch {shape[0]} x {shape[1]}; in brackets what exceeds {card}"
-    table(title, ("model", "parameters", *names), words)
+    for card, limit in limits.items():
+        words = []
+        for row in needs:
+            sizes = (row.bytes[name] for name in names)
+            shown = (f"{n / 2**30:.2f}" if n <= limit else f"({n / 2**30:.2f})" for n in sizes)
+            words.append((row.model, f"{row.parameters / 1e9:.2f} G", *shown))
+        title = f"GiB at batch {shape[0]} x {shape[1]}; in brackets what exceeds {card}"
+        table(title, ("model", "parameters", *names), words)
 
 
 @app.command()
@@ -284,19 +290,11 @@ def sweep(
     from costbp.cost.sweep import run_sweep
 
     study = load(config, plan)
-    entries = list(run_sweep(study, name))
-    if out is not None:
-        write_json(out, entries)
-    if as_json:
-        print(json.dumps(entries, indent=2))
-        return
-    rows = [
-        (str(e["value"]), e["method"], f"{e['forward_units']:.2f}", mib(_beyond(e)))
-        for e in entries
-    ]
-    table(
-        f"{name}: {entries[0]['model']}", ("value", "method", "forward units", "peak beyond"), rows
-    )
+    records = list(run_sweep(study, name))
+    rows = [(str(r.value), r.method, f"{r.forward_units:.2f}", mib(r.beyond)) for r in records]
+    head = ("value", "method", "forward units", "peak beyond")
+    title = f"{name}: {records[0].model}"
+    hand_out(records, out, as_json, lambda: table(title, head, rows))
 
 
 @app.command()

@@ -70,7 +70,7 @@ def doctor(
 
 def show_memory(plan: Plan) -> None:
     """A table of what each method's step needs, a row a model and shape of batch."""
-    from costbp.cost.measured import memory_needs
+    from costbp.cost.pairs import memory_needs
 
     rows = []
     for name, needs in memory_needs(plan):
@@ -175,8 +175,9 @@ def packages(plan: Plan) -> Iterator[Finding]:
         if source is not None and source.bits is not None and source.packing == "nf4":
             needed["bitsandbytes"] = "pip install -e '.[gpu]'"
     for package, remark in needed.items():
-        there = find_spec(package) is not None
-        yield Finding(f"package {package}", "ok" if there else "missing", "" if there else remark)
+        installed = find_spec(package) is not None
+        state = "ok" if installed else "missing"
+        yield Finding(f"package {package}", state, "" if installed else remark)
 
 
 def gpu(plan: Plan) -> Finding:

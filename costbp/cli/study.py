@@ -78,7 +78,9 @@ def prepare(
 def train(
     model: Model,
     task: Task,
-    method: Method,
+    methods: Annotated[
+        str, typer.Option("--method", "-M", help="Names in methods.yaml, comma-separated.")
+    ],
     budget: Budget,
     config: Config = None,
     plan: Frozen = None,
@@ -88,12 +90,13 @@ def train(
     ] = False,
     out: Out = None,
 ) -> None:
-    """Run one experiment, seed after seed. Finished seeds are kept, interrupted ones continue."""
+    """Run experiments, seed after seed. Finished seeds are kept, interrupted ones continue."""
     from costbp.train.experiment import run_specs, write_manifest
     from costbp.train.record import Record
 
     study = load(config, plan)
-    cell = cell_of(study, model, task, method, budget)
+    names = dict.fromkeys(name.strip() for name in methods.split(","))
+    cells = [cell_of(study, model, task, name, budget) for name in names]
 
     def track_run(record: Record) -> None:
         if not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -105,10 +108,10 @@ def train(
         except UserError as error:
             say(f"warning: {error}")
 
-    specs = [study.spec(cell, s) for s in (seed or study.seeds(cell))]
+    specs = [study.spec(cell, s) for cell in cells for s in (seed or study.seeds(cell))]
     records = run_specs(study, specs, force=force, done=track_run)
     if out is not None:
-        write_manifest(out, cell, records, study.study.paths.store)
+        write_manifest(out, records, study.study.paths.store)
 
 
 @app.command()
@@ -131,7 +134,7 @@ def tune(
     for record in records:
         print(f"{cell}: {record.spec.optimizer.name} {record.spec.optimizer.lr:g}: {score(record)}")
     if out is not None:
-        write_manifest(out, cell, records, study.study.paths.store)
+        write_manifest(out, records, study.study.paths.store)
 
 
 @app.command()

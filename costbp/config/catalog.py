@@ -26,9 +26,9 @@ class LoraTraining(Strict):
     """LoRA adapters (Hu et al. 2021) and the classification head are trained, the base is frozen."""
 
     kind: Literal["lora"]
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(ge=1, description="Of the adapters.")
+    alpha: float = Field(gt=0, description="Scale alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Before the adapters.")
     targets: tuple[str, ...] = Field(min_length=1, description="Names of the adapted linears.")
 
 
@@ -52,9 +52,11 @@ class ModelEntry(Entry):
 
     source: Annotated[
         AssetSource | HubSource | FolderSource | RandomSource | ConfigSource | PythonSource,
-        Field(discriminator="kind"),
+        Field(
+            discriminator="kind", description="Where the weights are, and what the model puts out."
+        ),
     ]
-    train: Annotated[Training, Field(discriminator="kind")]
+    train: Annotated[Training, Field(discriminator="kind", description="Which part is trained.")]
     dropout: float | None = Field(0.0, ge=0, lt=1, description="Of the base; null: its own.")
 
     @model_validator(mode="after")
@@ -118,7 +120,8 @@ class Mapped(Strict):
     """Which of a source's splits and columns are meant."""
 
     splits: dict[Literal["train", "validation", "test"], str] = Field(
-        {}, description="Our split -> the source's; missing ones are carved from train."
+        {},
+        description="Our split -> the source's; a missing one is carved from train, none: one pool.",
     )
     columns: dict[str, str] = Field({}, description="The task's column -> the source's.")
 
@@ -157,8 +160,8 @@ class Partition(Strict):
     out to `parts` with shares of each class drawn from a Dirichlet distribution."""
 
     alpha: float = Field(1.0, gt=0, description="Concentration; small: few classes a part.")
-    parts: int = Field(10, ge=2)
-    part: int = Field(0, ge=0)
+    parts: int = Field(10, ge=2, description="Parts that all rows are dealt to.")
+    part: int = Field(0, ge=0, description="Which of them.")
     test: float = Field(0.2, gt=0, lt=1, description="Share of the part that is its test split.")
 
     @model_validator(mode="after")
@@ -196,7 +199,7 @@ class TaskEntry(Entry):
     data: Annotated[AssetData | HubData | LocalData, Field(discriminator="kind")] | None = Field(
         None, description="Where the rows are; none: the module makes or finds them itself."
     )
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="Training examples of a batch.")
     max_length: int = Field(ge=4, description="Tokens; longer examples are cut and counted.")
     train: int | None = Field(None, ge=1, description="Training examples; default: what is left.")
     validation: int = Field(ge=1, description="Examples of the validation split.")

@@ -15,7 +15,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from costbp.config.catalog import Catalog, LocalData, ModelEntry
 from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
-from costbp.config.methods import MethodEntry, OptimizerSpec
+from costbp.config.methods import MethodEntry
+from costbp.config.optimizer import OptimizerSpec
 from costbp.config.sources import FolderSource
 from costbp.config.study import Plan, Study
 from costbp.errors import UserError, suggest

@@ -1,5 +1,9 @@
-"""The vocabulary of methods: how a step's gradient is obtained. Docstrings of the parts
-(`costbp/estimators`) give formulas and sources."""
+"""The vocabulary of methods: how a step's gradient is obtained.
+
+A part's spec carries all that belongs to the part: its fields, what it costs in closed form
+(``closed_form``), and what it is when it runs (``build``, which imports torch only then). Docstrings of the
+parts themselves (`costbp/estimators`) give formulas and sources.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from costbp.config.entries import Entry, PythonFile, Strict
+from costbp.config.optimizer import OptimizerSpec
+from costbp.config.shares import RULE_OF_THUMB, Shares
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.optim import Optimizer
+    from costbp.estimators.base import Estimator
+    from costbp.estimators.directions import Source
+    from costbp.estimators.memory_plans import MemoryPlan
+    from costbp.estimators.oracles import Central, Exact, OneSided
 
 Family = Literal["bp", "fmad", "zo"]
 
@@ -20,15 +28,18 @@ class BackpropSpec(Strict):
     """Reverse mode under a memory plan."""
 
     kind: Literal["backprop"]
-    plan: Literal["none", "per_block", "sqrt", "selective", "byte_budget", "offload"] = Field(
+    plan: Literal["none", "per_block", "selective", "byte_budget", "offload"] = Field(
         "none",
         description="`none` stores every activation; `per_block` recomputes each block but the "
-        "last in backward, `sqrt` segments of about sqrt(L) blocks, `selective` all but matrix "
-        "products; `byte_budget` keeps as many blocks as fit; `offload` moves activations to the "
-        "host.",
+        "last in backward, `selective` all but matrix products; `byte_budget` keeps as many blocks "
+        "as fit; `offload` moves activations to the host.",
     )
     mebibytes: float | None = Field(
-        None, gt=0, description="`byte_budget` only: peak beyond weights, in MiB."
+        None,
+        gt=0,
+        description="Required by `byte_budget`, not allowed with others: largest peak of a step "
+        "beyond weights, gradient, optimiser state and batch, in MiB. Where a step needs more even "
+        "with every block recomputed, the run fails and says how much.",
     )
 
     @model_validator(mode="after")
@@ -36,6 +47,19 @@ class BackpropSpec(Strict):
         if (self.plan == "byte_budget") != (self.mebibytes is not None):
             raise ValueError("'mebibytes' goes with plan 'byte_budget', and only with it")
         return self
+
+    def closed_form(self, shares: Shares) -> float:
+        """Forward, backward, and what the plan computes again."""
+        again = self.plan in ("per_block", "byte_budget")
+        return 1 + shares.live + (shares.recomputed if again else 0.0)
+
+    def build(self) -> Estimator:
+        from costbp.estimators.backprop import Backprop
+        from costbp.estimators.memory_plans import PLANS, ByteBudget
+
+        named = self.mebibytes is None
+        plan: MemoryPlan = PLANS[self.plan] if named else ByteBudget(self.mebibytes or 0.0)
+        return Backprop(plan)
 
 
 # --- oracles ---------------------------------------------------------------------------------
@@ -49,6 +73,15 @@ class ExactOracle(Strict):
         None, ge=1, description="Directions carried at a time; default: all at once."
     )
 
+    def closed_form(self, count: int, shares: Shares) -> float:
+        """K tangents, and one primal for each chunk of them."""
+        return count * shares.live + -(-count // (self.chunk or count))
+
+    def build(self) -> Exact:
+        from costbp.estimators.oracles import Exact
+
+        return Exact(self.chunk)
+
 
 Batched = Literal["auto", "always", "never"]
 EPS: Any = Field(
@@ -60,8 +93,8 @@ EPS: Any = Field(
 )
 BATCHED: Any = Field(
     "auto",
-    description="Evaluate the K perturbed parameter sets as one batched forward: `auto` does so "
-    "for small inputs.",
+    description="Run the K perturbed parameter sets as one forward. `auto`: where K > 1 and the "
+    "batch has at most 64 tokens (examples, where the input is features).",
 )
 
 
@@ -72,6 +105,15 @@ class CentralOracle(Strict):
     eps: float | None = EPS
     batched: Batched = BATCHED
 
+    def closed_form(self, count: int, shares: Shares) -> float:
+        """Two forwards for each direction."""
+        return 2.0 * count
+
+    def build(self) -> Central:
+        from costbp.estimators.oracles import Central
+
+        return Central(self.eps, self.batched)
+
 
 class OneSidedOracle(Strict):
     """Forward difference, `(f(theta + eps z) - f(theta)) / eps`, one base loss for all K."""
@@ -80,45 +122,73 @@ class OneSidedOracle(Strict):
     eps: float | None = EPS
     batched: Batched = BATCHED
 
+    def closed_form(self, count: int, shares: Shares) -> float:
+        """One forward for each direction, and one at theta."""
+        return 1.0 + count
+
+    def build(self) -> OneSided:
+        from costbp.estimators.oracles import OneSided
+
+        return OneSided(self.eps, self.batched)
+
 
 AnyOracle = Annotated[ExactOracle | CentralOracle | OneSidedOracle, Field(discriminator="kind")]
 
 
 # --- directions --------------------------------------------------------------------------------
 
-COUNT: Any = Field(1, ge=1, description="Directions K per estimate.")
+
+class Drawn(Strict):
+    """What all kinds of directions have."""
+
+    count: int = Field(1, ge=1, description="Directions K per estimate.")
+
+    def probing(self, oracle: AnyOracle, shares: Shares) -> float:
+        """Units a step, on average, of derivatives measured beside those of the estimate."""
+        return 0.0
 
 
-class PlainDirections(Strict):
+class PlainDirections(Drawn):
     """Directions that need no setting of their own."""
 
     kind: Literal["gaussian", "rademacher", "sphere", "orthogonal", "coordinate"] = "gaussian"
-    count: int = COUNT
+
+    def build(self) -> Source:
+        from costbp.estimators.directions import PLAIN
+
+        return PLAIN[self.kind]()
 
 
-class SparseDirections(Strict):
+class SparseDirections(Drawn):
     """Gaussian on the largest entries of each trainable tensor, zero elsewhere."""
 
     kind: Literal["sparse"]
-    count: int = COUNT
     fraction: float = Field(gt=0, le=1, description="Share of entries kept in each tensor.")
     refresh: int = Field(ge=1, description="Steps after which the entries are chosen anew.")
 
+    def build(self) -> Source:
+        from costbp.estimators.directions import Sparse
 
-class LowRankDirections(Strict):
+        return Sparse(self.fraction, self.refresh)
+
+
+class LowRankDirections(Drawn):
     """Low-rank on every matrix."""
 
     kind: Literal["low_rank"]
-    count: int = COUNT
     rank: int = Field(ge=1, description="Rank of a matrix's direction.")
     refresh: int = Field(1, ge=1, description="Steps for which one factor is kept.")
 
+    def build(self) -> Source:
+        from costbp.estimators.directions import LowRank
 
-class CalibratedDirections(Strict):
+        return LowRank(self.rank, self.refresh)
+
+
+class CalibratedDirections(Drawn):
     """Gaussian, scaled or chosen by probing groups of tensors."""
 
     kind: Literal["calibrated"]
-    count: int = COUNT
     candidates: int = Field(4, ge=1, description="Directions probed for each group.")
     group: int = Field(2, ge=1, description="Consecutive trainable tensors in a group.")
     every: int | None = Field(
@@ -129,6 +199,17 @@ class CalibratedDirections(Strict):
         description="`scale` sets each group's scale until the next calibration; `largest` and "
         "`smallest` take the candidate of that derivative in the calibrating step.",
     )
+
+    def probing(self, oracle: AnyOracle, shares: Shares) -> float:
+        if self.every is None:
+            return 0.0
+        groups = -(-shares.tensors // self.group)
+        return groups * oracle.closed_form(self.candidates, shares) / self.every
+
+    def build(self) -> Source:
+        from costbp.estimators.calibrated import Calibrated
+
+        return Calibrated(self.candidates, self.group, self.every, self.use)
 
 
 AnyDirections = Annotated[
@@ -144,8 +225,8 @@ class ProjectedSpec(Strict):
     """Gradient from directional derivatives: mean over K of (derivative along z) z."""
 
     kind: Literal["projected"]
-    oracle: AnyOracle
-    directions: AnyDirections = PlainDirections()
+    oracle: AnyOracle = Field(description="How derivatives are measured.")
+    directions: AnyDirections = Field(PlainDirections(), description="Along what.")
     scale: Literal["unbiased", "spread", "legacy"] = Field(
         "unbiased",
         description="`spread` divides by the standard deviation of the K derivatives; `legacy` "
@@ -161,6 +242,17 @@ class ProjectedSpec(Strict):
             raise ValueError("scale 'spread' needs directions.count >= 2")
         return self
 
+    def closed_form(self, shares: Shares) -> float:
+        """Its oracle's, for K directions and for what their source measures beside them."""
+        own = self.oracle.closed_form(self.directions.count, shares)
+        return own + self.directions.probing(self.oracle, shares)
+
+    def build(self) -> Estimator:
+        from costbp.estimators.projected import Projected
+
+        source, count = self.directions.build(), self.directions.count
+        return Projected(self.oracle.build(), source, count, self.scale, self.clip)
+
 
 class HessianInformedSpec(Strict):
     """Zeroth order scaled by an estimate of the Hessian's diagonal (HiZOO)."""
@@ -169,18 +261,48 @@ class HessianInformedSpec(Strict):
     eps: float | None = EPS
     smoothing: float = Field(1e-3, gt=0, le=1, description="Share of the newest curvature.")
 
+    def closed_form(self, shares: Shares) -> float:
+        """A central difference, and the loss between its sides."""
+        return 3.0
+
+    def build(self) -> Estimator:
+        from costbp.estimators.hessian_informed import HessianInformed
+        from costbp.estimators.oracles import Central
+
+        return HessianInformed(Central(self.eps), self.smoothing)
+
 
 class LocalGuessSpec(Strict):
     """Exact derivatives along directions that each block's local loss proposes."""
 
     kind: Literal["local_guess"]
-    oracle: ExactOracle = ExactOracle(kind="exact")
+    oracle: ExactOracle = Field(
+        ExactOracle(kind="exact"), description="How derivatives along the guesses are measured."
+    )
+
+    def closed_form(self, shares: Shares) -> float:
+        """The guesses by backpropagation, and a derivative along each block's."""
+        return 2.0 + self.oracle.closed_form(shares.blocks + 1, shares)
+
+    def build(self) -> Estimator:
+        from costbp.estimators.guess import LocalGuess
+
+        return LocalGuess(self.oracle.build())
 
 
 class PythonSpec(PythonFile):
     """An estimator of your own: a function in a file, called with `options` as keywords."""
 
     units: float | None = Field(None, gt=0, description="Forward units expected of a step.")
+
+    def closed_form(self, shares: Shares) -> float | None:
+        """What its author expects."""
+        return self.units
+
+    def build(self) -> Estimator:
+        from costbp.estimators.base import Estimator
+
+        return self.call(Estimator)  # type: ignore[type-abstract]
 
 
 AnyEstimator = Annotated[
@@ -195,55 +317,22 @@ class SvrgSpec(Strict):
     period: int = Field(ge=1, description="Steps between snapshots.")
     snapshot_batches: int = Field(ge=1, description="Batches behind a snapshot's gradient.")
 
-
-class ClipSpec(Strict):
-    """Clipping of the finished estimate; by norm first."""
-
-    norm: float | None = Field(None, gt=0, description="Largest Euclidean norm.")
-    value: float | None = Field(None, gt=0, description="Largest absolute entry.")
-
-
-LEAST_RATE = 1e-5  # the least that is published for zeroth order with adapters
-
-
-class OptimizerSpec(Strict):
-    """A torch optimiser on the flat parameter vector."""
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(gt=0, description="Learning rate.")
-    falls_from: int | None = Field(
-        None,
-        ge=1,
-        description="d up to which `lr` holds; for a longer trainable vector it falls as 1/d, as "
-        "the largest stable step of a projected estimate does, to 1e-5 at the least.",
-    )
-    momentum: float = Field(0.0, ge=0, lt=1, description="SGD only.")
-    weight_decay: float = Field(0.0, ge=0)
-
-    def rate(self, d: int) -> float:
-        """The learning rate for d trainable parameters."""
-        if self.falls_from is None or d <= self.falls_from:
-            return self.lr
-        return min(self.lr, max(self.lr * self.falls_from / d, LEAST_RATE))
-
-    def build(self, theta: Tensor) -> Optimizer:
-        """The optimiser, for the flat vector [d]."""
-        import torch
-
-        lr, decay = self.rate(theta.numel()), self.weight_decay
-        if self.name == "adamw":
-            return torch.optim.AdamW([theta], lr=lr, weight_decay=decay)
-        return torch.optim.SGD([theta], lr=lr, momentum=self.momentum, weight_decay=decay)
+    @property
+    def factor(self) -> float:
+        """Inner estimates a step, on average over a period: the snapshot's, and two in others."""
+        return (2 * (self.period - 1) + self.snapshot_batches) / self.period
 
 
 class MethodEntry(Entry):
     """How a step's gradient is obtained, and the optimiser it is given to."""
 
     family: Family = Field(description="Groups methods in figures and claims.")
-    estimator: AnyEstimator
+    estimator: AnyEstimator = Field(description="How a gradient is estimated.")
     accumulate: int = Field(1, ge=1, description="Micro-batches averaged before a step.")
     svrg: SvrgSpec | None = Field(None, description="Variance reduction by snapshots.")
-    clip: ClipSpec = ClipSpec()
+    clip_norm: float | None = Field(
+        None, gt=0, description="Largest Euclidean norm of an estimate; a longer one is scaled."
+    )
     sign: bool = Field(False, description="Replace the estimate by its signs.")
     optimizer: OptimizerSpec = Field(description="Default where no tuned choice exists.")
     trials: tuple[OptimizerSpec, ...] = Field(
@@ -265,3 +354,32 @@ class MethodEntry(Entry):
                 "directions follow what it measures"
             )
         return self
+
+    def closed_form(self, shares: Shares = RULE_OF_THUMB) -> float | None:
+        """Mean forward units of an optimiser step in closed form: the floor that counted FLOPs are
+        held against; None where an estimator of the user's own states nothing.
+
+        Backpropagation 2 (forward, activation gradient), 3 with every block recomputed; forward mode
+        1 + K; central differences 2K; one-sided 1 + K; accumulation multiplies; SVRG doubles, and
+        adds its snapshots' share. Exact with the shares of the model's products
+        (``cost/products.py``).
+        """
+        own = self.estimator.closed_form(shares)
+        if own is None:
+            return None
+        return own * self.accumulate * (self.svrg.factor if self.svrg is not None else 1)
+
+    def build(self) -> Estimator:
+        """The estimator with its wrappers: accumulation innermost, then SVRG, then clipping and
+        signs."""
+        from costbp.estimators.clipping import Clipped
+        from costbp.estimators.variance import SVRG, Accumulate
+
+        estimator = self.estimator.build()
+        if self.accumulate > 1:
+            estimator = Accumulate(estimator, self.accumulate)
+        if self.svrg is not None:
+            estimator = SVRG(estimator, self.svrg.period, self.svrg.snapshot_batches)
+        if self.clip_norm is not None or self.sign:
+            estimator = Clipped(estimator, self.clip_norm, self.sign)
+        return estimator

@@ -19,7 +19,8 @@ from costbp.config.catalog import (
 )
 from costbp.config.costs import Costs, card_bytes
 from costbp.config.entries import Strict, short_hash
-from costbp.config.methods import MethodEntry, OptimizerSpec
+from costbp.config.methods import MethodEntry
+from costbp.config.optimizer import OptimizerSpec
 from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource, Repository
 from costbp.files import digest
 
@@ -84,6 +85,12 @@ class Tuning(Strict):
 class Resources(Strict):
     """What a training job asks of a cluster; without a scheduler only `gpu` matters."""
 
+    methods_per_job: int = Field(
+        1,
+        ge=1,
+        description="Experiments that a training job may run one after the other in one process, "
+        "where runs take no longer than a process takes to start.",
+    )
     gpu: int = Field(0, ge=0, description="GPUs of a training job.")
     mem_mb: int = Field(2500, ge=100, description="Memory of a training job.")
     runtime: int = Field(60, ge=1, description="Minutes a training job may take.")
@@ -221,6 +228,17 @@ class Plan(Strict):
                 methods.append(cell.method)
         return pairs
 
+    def jobs(self) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+        """The study's training jobs: (model, task, budget, methods). Methods of one pair and budget
+        share jobs of about equal length, of at most ``resources.methods_per_job`` each."""
+        methods: dict[tuple[str, str, str], list[str]] = {}
+        for cell in self.cells():
+            methods.setdefault((cell.model, cell.task, cell.budget), []).append(cell.method)
+        for names, found in methods.items():
+            count = -(-len(found) // self.study.resources.methods_per_job)
+            for number in range(count):
+                yield (*names, tuple(found[number::count]))
+
     def assets(self) -> dict[str, Fetchable]:
         """All that has to be fetched for the study, by the name of its folder."""
         found: dict[str, Fetchable] = {}
@@ -345,6 +363,11 @@ class Plan(Strict):
 
     def specs(self, cell: Cell) -> list[RunSpec]:
         return [self.spec(cell, seed) for seed in self.seeds(cell)]
+
+    def hashes(self, model: str, task: str, methods: str, budget: str) -> list[str]:
+        """The runs of a training job; ``methods`` are joined by ``+``."""
+        cells = [Cell(model, task, method, budget) for method in methods.split("+")]
+        return [spec.hash for cell in cells for spec in self.specs(cell)]
 
     def trial_specs(self, cell: Cell) -> list[RunSpec]:
         """One short run per trial of the method, scored on the validation split alone."""

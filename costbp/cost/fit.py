@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from costbp.config.catalog import ModelEntry
 from costbp.config.methods import BackpropSpec, MethodEntry
 from costbp.config.study import Plan
-from costbp.cost.trace import Bench
+from costbp.cost.bench import Bench
+from costbp.cost.record import CostRecord, Fit, Needs
 
 STEP = 8  # tokens: the grain in which lengths are searched
+Shape = tuple[int, int]  # examples a batch, tokens an example
 LARGEST = 2**16  # a batch beyond this is no longer a question of memory
 
 
@@ -57,77 +59,68 @@ class Fitting:
 
     bench: Bench
     methods: Mapping[str, MethodEntry]
-    _known: dict[tuple[str, int, int], dict[str, Any]] = field(default_factory=dict)
+    _known: dict[tuple[str, int, int], CostRecord] = field(default_factory=dict)
 
-    def cost(self, name: str, batch: int, length: int) -> dict[str, Any]:
+    def cost(self, name: str, batch: int, length: int) -> CostRecord:
         key = (name, batch, length)
         if key not in self._known:
             self._known[key] = self.bench.cost(name, self.methods[name], batch, length)
         return self._known[key]
 
-    def bytes(self, name: str, batch: int, length: int) -> int:
-        """All bytes at the peak of a step, weights included."""
-        return sum(self.cost(name, batch, length)["peak_by_category"].values())
+    def fit(self, name: str, memory: str, limit: float, shape: Shape, lengths: bool = True) -> Fit:
+        """What the method can do within ``limit`` bytes: at the wanted batch and length, the largest
+        batch at that length, and the largest length (in steps of eight tokens) at that batch."""
+        batch, length = shape
 
-    def fit(
-        self, name: str, limit: float, batch: int, length: int, lengths: bool = True
-    ) -> dict[str, Any]:
-        """What the method can do within ``limit`` bytes.
+        def bytes_at(batch: int, length: int) -> int:
+            return self.cost(name, batch, length).bytes
 
-        Returns:
-            ``units`` and ``bytes`` of a step at the wanted batch and length; ``batch``, the largest
-            at that length, and ``length``, the largest at that batch (in steps of eight tokens; None
-            if not searched); 0 where none fits.
-        """
-        found = None
+        longest = None
         if lengths:
             most = self.bench.longest // STEP
-            found = STEP * largest(lambda n: self.bytes(name, batch, STEP * n), limit, most)
-        return {
-            "method": name,
-            "seq": length,
-            "wanted_batch": batch,
-            "units": self.cost(name, batch, length)["forward_units"],
-            "bytes": self.bytes(name, batch, length),
-            "batch": largest(lambda n: self.bytes(name, n, length), limit, LARGEST),
-            "length": found,
-        }
+            longest = STEP * largest(lambda n: bytes_at(batch, STEP * n), limit, most)
+        wanted = self.cost(name, batch, length)
+        return Fit(
+            model=self.bench.name,
+            memory=memory,
+            method=name,
+            seq=length,
+            wanted_batch=batch,
+            units=wanted.forward_units,
+            bytes=wanted.bytes,
+            batch=largest(lambda n: bytes_at(n, length), limit, LARGEST),
+            length=longest,
+        )
 
 
-def cheapest_plan(
-    plan: Plan, rows: Sequence[Mapping[str, Any]], limit: float
-) -> Mapping[str, Any] | None:
+def cheapest_plan(plan: Plan, found: Sequence[Fit], limit: float) -> Fit | None:
     """The backpropagation entry with the fewest forward units among those that fit."""
     entries = plan.catalog.methods
     usable = [
-        row
-        for row in rows
-        if isinstance(entries[row["method"]].estimator, BackpropSpec)
-        and entries[row["method"]].accumulate == 1
-        and row["bytes"] <= limit
+        fit
+        for fit in found
+        if isinstance(entries[fit.method].estimator, BackpropSpec)
+        and entries[fit.method].accumulate == 1
+        and fit.bytes <= limit
     ]
-    return min(usable, key=lambda row: (row["units"], row["bytes"]), default=None)
+    return min(usable, key=lambda fit: (fit.units, fit.bytes), default=None)
 
 
 def models_that_fit(
-    plan: Plan,
-    names: Iterable[str],
-    methods: Mapping[str, MethodEntry],
-    batch: int,
-    length: int,
-) -> list[dict[str, Any]]:
-    """Bytes of a step of each method on each model, by size: what is the largest model that each
-    can train? (The question of arXiv 2511.11362, which compares with BP that keeps everything.)"""
-    rows = []
-    for name in names:
-        bench = Bench(plan.catalog.models[name])
-        costs = {key: bench.cost(key, method, batch, length) for key, method in methods.items()}
-        rows.append(
-            {
-                "model": name,
-                "parameters": bench.parameters,
-                "bytes": {k: sum(c["peak_by_category"].values()) for k, c in costs.items()},
-                "units": {k: c["forward_units"] for k, c in costs.items()},
-            }
+    models: Mapping[str, ModelEntry], methods: Mapping[str, MethodEntry], shape: Shape
+) -> list[Needs]:
+    """What each method needs on each model, by size: what is the largest model that each can train?
+    (The question of arXiv 2511.11362, which compares with BP that keeps everything.)"""
+    found = []
+    for name, entry in models.items():
+        bench = Bench(entry, name=name)
+        costs = {key: bench.cost(key, method, *shape) for key, method in methods.items()}
+        found.append(
+            Needs(
+                model=name,
+                parameters=bench.parameters,
+                bytes={key: cost.bytes for key, cost in costs.items()},
+                units={key: cost.forward_units for key, cost in costs.items()},
+            )
         )
-    return sorted(rows, key=lambda row: int(row["parameters"]))
+    return sorted(found, key=lambda needs: needs.parameters)

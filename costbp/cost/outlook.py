@@ -8,7 +8,6 @@ from costbp.config.catalog import ModelEntry, TaskEntry
 from costbp.config.sources import ConfigSource
 from costbp.config.study import Cell, Plan
 from costbp.cost.products import SIZES, Product, products, shares
-from costbp.cost.units import forward_units
 from costbp.tasks.base import load_task
 
 
@@ -63,8 +62,7 @@ def _flops(plan: Plan, cell: Cell, found: list[Product]) -> float:
     forward = sum(product.flops for product in found)
     if budget.forward_units is not None:
         return budget.forward_units * forward
-    blocks = 1 + max((p.block for p in found if p.block is not None), default=0)
-    per_step = forward_units(plan.catalog.methods[cell.method], 1, blocks, shares(found))
+    per_step = plan.catalog.methods[cell.method].closed_form(shares(found))
     return (budget.steps or 0) * (per_step or 0.0) * forward
 
 

@@ -7,12 +7,12 @@ product of the same size in the backward pass (its gradient), and one per direct
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from costbp.config.catalog import FullTraining, HeadTraining, LoraTraining
+from costbp.config.shares import Shares
 from costbp.config.sources import ConfigSource
 
 Training = LoraTraining | HeadTraining | FullTraining
@@ -36,34 +36,13 @@ class Product:
     last: bool = False
 
 
-@dataclass(frozen=True)
-class Shares:
-    """What a step adds to a forward pass, in forward units.
-
-    Attributes:
-        live: one tangent, or the backward pass: products with live factors.
-        recomputed: by memory plan, what is computed a second time.
-    """
-
-    live: float = 1.0
-    recomputed: Mapping[str, float] = field(
-        default_factory=lambda: {"per_block": 1.0, "sqrt": 1.0, "byte_budget": 1.0}
-    )
-
-
-def shares(found: Sequence[Product]) -> Shares:
-    """The shares of a model whose products are ``found``."""
+def shares(found: Sequence[Product], tensors: int = 1) -> Shares:
+    """What closed forms know of a model whose products are ``found``."""
     total = sum(product.flops for product in found)
-    numbers = [product.block for product in found if product.block is not None]
-    count = 1 + max(numbers, default=0)
-    segments = range(0, count, max(1, math.isqrt(count)))
-
-    def before(end: int, whole: bool) -> float:
-        chosen = (p for p in found if p.block is not None and p.block < end)
-        return sum(p.flops for p in chosen if whole or not p.last) / total
-
-    plans = {"per_block": before(count - 1, False), "sqrt": before(segments[-1], True)}
-    return Shares(sum(p.flops * p.live for p in found) / total, plans)
+    blocks = 1 + max((p.block for p in found if p.block is not None), default=0)
+    again = (p for p in found if p.block is not None and p.block < blocks - 1 and not p.last)
+    live = sum(product.flops * product.live for product in found)
+    return Shares(live / total, sum(p.flops for p in again) / total, tensors, blocks)
 
 
 @dataclass(frozen=True)

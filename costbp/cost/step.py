@@ -1,4 +1,8 @@
-"""What one step of an estimator costs: counted FLOPs, forward units and peak bytes."""
+"""What a step of an estimator costs: counted FLOPs and bytes, and measured seconds.
+
+``CostCounter`` counts the steps of a run as they come, ``measure_step`` a typical step of any
+estimator on any objective: with real or random weights, or on meta without any.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,15 +26,15 @@ WARM_UP = 3  # steps of a kind whose time isn't typical
 
 
 @dataclass(frozen=True)
-class StepCost:
-    """Cost of one estimate.
+class Count:
+    """What is counted of one step.
 
     Attributes:
         flops: floating-point operations of matrix products, counted as they run.
         forward_flops: the same for one no-grad forward of one batch, mean over the step's batches.
         peak_bytes: largest number of bytes alive at once beyond parameters, gradient buffer,
             optimiser state and batch.
-        at_peak: those bytes by category (``measure/categories.py``).
+        at_peak: those bytes by category (``cost/categories.py``).
     """
 
     flops: int
@@ -49,7 +54,7 @@ def forward_only(objective: Objective, batch: Batch) -> None:
     objective.value(batch)
 
 
-def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Key) -> StepCost:
+def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Key) -> Count:
     """Count one estimate on one batch; theta is left as it was.
 
     Raises:
@@ -62,7 +67,7 @@ def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Ke
     step = Meter([*objective.existing(), *batch.values()])
     with Categories(step, objective), step:
         estimator.estimate(objective, [batch], key)
-    return StepCost(step.flops, forward.flops, step.peak, step.at_peak())
+    return Count(step.flops, forward.flops, step.peak, step.at_peak())
 
 
 def resident_bytes(
@@ -71,8 +76,8 @@ def resident_bytes(
     """Bytes that stay between steps, by category: frozen weights and buffers, adapters (whatever is
     trained), gradients, and the state of the optimiser and of the estimator (given)."""
     trained = {id(p) for p in objective.module.parameters() if p.requires_grad}
-    there = [*objective.module.parameters(), *objective.module.buffers()]
-    frozen = {t.untyped_storage()._cdata: t for t in there if id(t) not in trained}
+    tensors = [*objective.module.parameters(), *objective.module.buffers()]
+    frozen = {t.untyped_storage()._cdata: t for t in tensors if id(t) not in trained}
     moments = [t for state in optimizer.state.values() for t in state.values()]
     return {
         "weights": sum(t.untyped_storage().nbytes() for t in frozen.values()),
@@ -81,12 +86,6 @@ def resident_bytes(
         "optimiser state": estimator_state
         + sum(t.nbytes for t in moments if isinstance(t, torch.Tensor)),
     }
-
-
-def by_category(resident: Mapping[str, int], cost: StepCost) -> dict[str, int]:
-    """All bytes at a step's peak: what stays between steps and what the step creates."""
-    names = dict.fromkeys((*resident, *cost.at_peak))
-    return {name: resident.get(name, 0) + cost.at_peak.get(name, 0) for name in names}
 
 
 class CostCounter:
@@ -99,11 +98,11 @@ class CostCounter:
 
     def __init__(self, estimator: Estimator) -> None:
         self.estimator = copy.deepcopy(estimator)  # never run itself: it remembers nothing
-        self._known: dict[tuple[Any, ...], StepCost] = {}
+        self._known: dict[tuple[Any, ...], Count] = {}
         self._begun: Estimator | None = None  # one that remembers a first step
         self.state_bytes = 0
 
-    def __call__(self, objective: Objective, batches: Sequence[Batch], key: Key) -> StepCost:
+    def __call__(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Count:
         """Cost of step ``key.step`` on its ``batches``. Inner estimates run one after the other,
         so FLOPs add up; the peak is the largest, with what wrappers hold meanwhile."""
         estimator = self.estimator.per_batch
@@ -124,7 +123,7 @@ class CostCounter:
             flops += passes * costs[-1].flops
         held = self.estimator.scratch * objective.theta.nbytes
         largest = max(costs, key=lambda cost: cost.peak_bytes)
-        return StepCost(
+        return Count(
             flops=flops,
             forward_flops=statistics.mean(cost.forward_flops for cost in costs),
             peak_bytes=largest.peak_bytes + held,
@@ -158,6 +157,71 @@ def typical_seconds(estimator: Estimator, spans: Sequence[float]) -> float | Non
         kinds.setdefault(kind, []).append(span)
     usual = [(len(s), statistics.median(s[WARM_UP:] or s)) for s in kinds.values()]
     return sum(count * seconds for count, seconds in usual) / len(spans) if spans else None
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A typical optimiser step: FLOPs, units and seconds are means over the estimator's cycle, bytes
+    those of its largest step, seconds medians (None unless asked for)."""
+
+    forward_units: float
+    flops: float
+    forward_flops: float
+    peak_bytes: int
+    peak_by_category: dict[str, int]
+    weights_bytes: int
+    state_bytes: int
+    d: int
+    seconds: float | None
+    forward_seconds: float | None
+
+
+def measure_step(
+    objective: Objective,
+    estimator: Estimator,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    *,
+    timed: bool = False,
+) -> StepCost:
+    """What an optimiser step costs, all its batches like ``batch``. A first step is made and counts
+    for nothing: it fills what optimiser and estimator remember, and moves theta.
+
+    Args:
+        timed: run every kind of step of the estimator's cycle, too, and take its time.
+    """
+    counter, steps = CostCounter(estimator), range(1, estimator.cycle + 1)
+    keys = [Key(0, step) for step in steps]
+    batches = [[batch] * len(estimator.passes(step)) for step in steps]
+    counts = [counter(objective, *given) for given in zip(batches, keys, strict=True)]
+    objective.theta.grad = objective.buffer
+    optimizer.step()
+    seconds: tuple[float | None, float | None] = (None, None)
+    if timed:
+        device = objective.theta.device
+        estimator.estimate(objective, [batch] * len(estimator.passes(0)), Key(0, 0))
+        spent: dict[int, float] = {}  # by FLOPs: steps that count the same take the same time
+        for count, given, key in zip(counts, batches, keys, strict=True):
+            if count.flops not in spent:
+                once = partial(estimator.estimate, objective, given, key)
+                spent[count.flops] = median_seconds(once, device)
+        forward = median_seconds(partial(forward_only, objective, batch), device)
+        seconds = statistics.mean(spent[count.flops] for count in counts), forward
+    resident = resident_bytes(objective, optimizer, counter.state_bytes)
+    largest = max(counts, key=lambda count: count.peak_bytes)
+    names = dict.fromkeys((*resident, *largest.at_peak))
+    return StepCost(
+        forward_units=statistics.mean(count.units for count in counts),
+        flops=statistics.mean(count.flops for count in counts),
+        forward_flops=counts[0].forward_flops,
+        peak_bytes=largest.peak_bytes,
+        peak_by_category={n: resident.get(n, 0) + largest.at_peak.get(n, 0) for n in names},
+        weights_bytes=resident["weights"],
+        state_bytes=sum(resident.values()) - resident["weights"],
+        d=objective.d,
+        seconds=seconds[0],
+        forward_seconds=seconds[1],
+    )
 
 
 def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:

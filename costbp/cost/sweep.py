@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from costbp.config.load import swept
 from costbp.config.study import Plan
-from costbp.cost.trace import Bench
+from costbp.cost.bench import Bench
+from costbp.cost.record import CostRecord
 from costbp.errors import UserError
 
 
-def run_sweep(plan: Plan, name: str) -> Iterator[dict[str, Any]]:
-    """One cost entry per value and method, with the ``value`` of the key.
+def run_sweep(plan: Plan, name: str) -> Iterator[CostRecord]:
+    """One record per value and method, with the ``value`` of the key.
 
     Raises:
         UserError: the study has no such sweep.
@@ -29,12 +29,8 @@ def run_sweep(plan: Plan, name: str) -> Iterator[dict[str, Any]]:
             plan.catalog.models[sweep.model], methods, sweep, value, f"costs.sweeps.{name}"
         )
         if bench is None or bench.entry != model:
-            bench = Bench(model)
+            bench = Bench(model, name=sweep.model)
         batch, length = shape.get("batch", costs.batch), shape.get("seq", costs.seq)
         for key, method in used.items():
-            yield {
-                **bench.cost(key, method, batch, length),
-                "sweep": name,
-                "model": sweep.model,
-                "value": value,
-            }
+            record = bench.cost(key, method, batch, length)
+            yield record.model_copy(update={"value": value})

@@ -46,7 +46,7 @@ class Difference(ABC):
     """An oracle that takes finite differences, and how it takes them.
 
     Attributes:
-        eps: its step; None: ``STEP`` until a probe settles another (``train/probe.py``).
+        eps: its step; None: ``STEP`` until a probe settles another (``estimators/probe.py``).
         batched: whether the perturbed parameter sets of an estimate run as one forward.
         float32: whether losses are computed in float32 on a base that is held in half precision.
     """

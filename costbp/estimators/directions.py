@@ -222,6 +222,15 @@ def _at_most_d(count: int, objective: Objective, kind: str) -> None:
         )
 
 
+PLAIN: dict[str, type[Source]] = {
+    "gaussian": Gaussian,
+    "rademacher": Rademacher,
+    "sphere": Sphere,
+    "orthogonal": Orthogonal,
+    "coordinate": Coordinate,
+}
+
+
 @dataclass
 class Sparse(Source):
     """Gaussian on the ``fraction`` of largest magnitude of each trainable tensor, zero elsewhere;

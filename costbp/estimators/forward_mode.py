@@ -135,12 +135,12 @@ def directional_derivatives(
     """
     _refuse_quantised(objective.module)
 
-    one = len(tangents) == 1
+    single = len(tangents) == 1
 
     try:
         # the fused attention kernel has no forward rule
         with torch.no_grad(), floor_rules(), sdpa_kernel(SDPBackend.MATH):
-            if one:
+            if single:
                 return _derivative(objective, batch, tangents[0])
             return _derivatives(objective, batch, tangents)
     except (NotImplementedError, RuntimeError) as error:
@@ -157,12 +157,12 @@ def _derivative(objective: Objective, batch: Batch, tangent: Tensor) -> tuple[Te
 
 
 def _derivatives(objective: Objective, batch: Batch, tangents: Tensor) -> tuple[Tensor, Tensor]:
-    def one(tangent: Tensor) -> tuple[Tensor, Tensor]:
+    def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
         result: Any = jvp(lambda theta: objective.at(theta, batch), (objective.theta,), (tangent,))
         return result
 
     axes: Any = (None, 0)  # one loss, a derivative per tangent
-    return vmap(one, out_dims=axes, randomness="same")(tangents)
+    return vmap(along, out_dims=axes, randomness="same")(tangents)
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch.utils.checkpoint import (
 )
 
 from costbp.errors import UserError
-from costbp.estimators.segments import Segment
 from costbp.meter import Meter, counted
 from costbp.objective import Batch, Objective
 
@@ -65,7 +63,8 @@ def recomputing(chosen: Sequence[nn.Module], **options: Any) -> Iterator[None]:
     own positional and keyword arguments, since masks differ by layer in some families."""
     with contextlib.ExitStack() as stack:
         for block in chosen:
-            _replace_forward(block, _checkpointed(block.forward, options), stack)
+            block.forward = _checkpointed(block.forward, options)  # shadows the class's method
+            stack.callback(block.__dict__.pop, "forward", None)
         yield
 
 
@@ -75,13 +74,6 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
         return checkpoint(bound, *args, use_reentrant=False, **options)
 
     return run
-
-
-def _replace_forward(
-    block: nn.Module, forward: Callable[..., Any], stack: contextlib.ExitStack
-) -> None:
-    block.forward = forward  # an instance attribute shadows the class's method
-    stack.callback(block.__dict__.pop, "forward", None)
 
 
 def per_block(objective: Objective, batch: Batch) -> contextlib.AbstractContextManager[None]:
@@ -103,26 +95,6 @@ def selective(objective: Objective, batch: Batch) -> contextlib.AbstractContextM
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     return recomputing(blocks(objective.module), context_fn=contexts)
-
-
-@contextlib.contextmanager
-def sqrt_segments(objective: Objective, batch: Batch) -> Iterator[None]:
-    """Store one input for each of about sqrt(L) segments of blocks (Chen et al. 2016); the last
-    segment is kept. It stores fewer inputs than ``per_block`` and recomputes more at a time, which
-    pays where block inputs outweigh the activations inside a block."""
-    found = blocks(objective.module)
-    if len(found) == 1:
-        with recomputing(found):
-            yield
-        return
-    length = max(1, math.isqrt(len(found)))
-    starts = range(0, len(found), length)
-    with contextlib.ExitStack() as stack:
-        for start in list(starts)[:-1] or starts:
-            segment = Segment(found[start : start + length])
-            for block in segment.blocks:
-                _replace_forward(block, segment.forward_of(block), stack)
-        yield
 
 
 @contextlib.contextmanager
@@ -203,7 +175,6 @@ class ByteBudget:
 PLANS: dict[str, MemoryPlan] = {
     "none": keep_all,
     "per_block": per_block,
-    "sqrt": sqrt_segments,
     "selective": selective,
     "offload": offload,
 }

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,20 +17,19 @@ import torch
 
 from costbp.assets.fetch import commits
 from costbp.config.costs import card_bytes
-from costbp.config.study import Cell, Plan, RunSpec
+from costbp.config.study import Plan, RunSpec
 from costbp.console import say
-from costbp.cost.measured import traced_cost
+from costbp.cost.pairs import traced_cost
+from costbp.cost.record import CostRecord
 from costbp.cost.step import CostCounter
 from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.device import free, memory_of, name_of, out_of_memory
 from costbp.device_pool import device_slot, largest_memory
 from costbp.errors import UserError
-from costbp.estimators import build_estimator
 from costbp.files import atomic, lock, write_json
 from costbp.models.build import build_model
-from costbp.train.loop import Interrupted, Run
-from costbp.train.loop import Progress as Step
+from costbp.train.loop import Interrupted, Run, StepEvent
 from costbp.train.progress import watching
 from costbp.train.record import (
     CHECKPOINT,
@@ -87,7 +86,8 @@ def run_specs(
         UserError: interrupted (exit code 128 + signal), or a run failed; finished runs are kept.
     """
     records: list[Record] = []
-    session: _Session | None = None
+    sessions: dict[tuple[str, ...], _Session] = {}  # the last pair's alone
+    device: torch.device | None = None
     force = force or plan.study.start_unfit
     with Stop() as stop, contextlib.ExitStack() as stack:
         for spec in specs:
@@ -95,11 +95,11 @@ def run_specs(
             with lock(folder / ".lock"):
                 record = finished(folder, _memory(plan, None), force=force)
                 if record is None:
-                    if session is None:
-                        session = _Session(
-                            plan, spec, stack.enter_context(device_slot(plan.study.device))
-                        )
-                    record = session.run(spec, folder, stop, test=test, force=force)
+                    device = device or stack.enter_context(device_slot(plan.study.device))
+                    pair = spec.cell[:2]
+                    if pair not in sessions:
+                        sessions = {pair: _Session(plan, spec, device)}
+                    record = sessions[pair].run(spec, folder, stop, test=test, force=force)
             records.append(record)
             done(record)
     failures = [record for record in records if record.outcome == "failed"]
@@ -137,7 +137,7 @@ def _memory(plan: Plan, device: torch.device | None) -> int | None:
 
 
 class _Session:
-    """What runs of one experiment share: the device, the data, and the cost of their steps."""
+    """What runs on one (model, task) share: the device, the data, and the cost of their steps."""
 
     def __init__(self, plan: Plan, spec: RunSpec, device: torch.device) -> None:
         self.plan, self.device = plan, device
@@ -158,7 +158,7 @@ class _Session:
             facts[MEMORY] = str(self.memory)
         title = f"{'/'.join(spec.cell)} seed {spec.seed}"
         predicted = self._predicted(spec)
-        needed = None if predicted is None else sum(predicted["peak_by_category"].values())
+        needed = None if predicted is None else predicted.bytes
         if needed is not None and self.memory is not None and needed > self.memory and not force:
             ended = Ended("does_not_fit", self._too_large(needed), self._nothing(predicted))
         else:
@@ -217,16 +217,16 @@ class _Session:
             spec.model, len(data.names), self.assets, spec.seed, data.width, str(device)
         )
         key = self.plan.cost_key(*spec.cell[:3])
-        counter = self.counters.setdefault(key, CostCounter(build_estimator(spec.method)))
+        counter = self.counters.setdefault(key, CostCounter(spec.method.build()))
         return Run(spec, module, data, device, counter, self.assets)
 
-    def _predicted(self, spec: RunSpec) -> dict[str, Any] | None:
+    def _predicted(self, spec: RunSpec) -> CostRecord | None:
         """The traced cost of a step, where there is a memory that it could exceed."""
         return None if self.memory is None else traced_cost(self.plan, *spec.cell[:3])
 
-    def _nothing(self, predicted: Mapping[str, Any] | None = None) -> Summary:
+    def _nothing(self, predicted: CostRecord | None = None) -> Summary:
         """Figures of a run that never began."""
-        d = int(predicted["d"]) if predicted else 0
+        d = predicted.d if predicted else 0
         return Summary(majority=self.data.facts["majority"]["test"], d=d)
 
     def _too_large(self, needed: int) -> str:
@@ -250,48 +250,44 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _resume(one: Run, folder: Path, title: str) -> None:
+def _resume(run: Run, folder: Path, title: str) -> None:
     path = folder / CHECKPOINT
     if not path.exists():
         return
     try:
-        one.load_state_dict(torch.load(path, map_location=one.device, weights_only=True))
+        run.load_state_dict(torch.load(path, map_location=run.device, weights_only=True))
     except Exception as error:
         say(f"warning: {path} can't be used ({_first_line(error)}); starting from step 0")
     else:
-        say(f"{title}: continuing from step {one.state.step}")
+        say(f"{title}: continuing from step {run.state.step}")
 
 
-def _with_checkpoints(one: Run, folder: Path, stop: Stop, show: Any) -> Any:
+def _with_checkpoints(run: Run, folder: Path, stop: Stop, show: Any) -> Any:
     last = time.monotonic()
 
-    def watch(step: Step) -> None:
+    def watch(event: StepEvent) -> None:
         nonlocal last
-        show(step)
+        show(event)
         if stop.requested or time.monotonic() - last > CHECKPOINT_SECONDS:
             last = time.monotonic()
             with atomic(folder / CHECKPOINT) as temporary:
-                torch.save(one.state_dict(), temporary)
+                torch.save(run.state_dict(), temporary)
         if stop.requested:
             raise Interrupted
 
     return watch
 
 
-def write_manifest(path: Path, cell: Cell, records: Sequence[Record], store: Path) -> None:
-    """What Snakemake sees of an experiment: which runs it consists of and how they ended."""
-    write_json(
-        path,
+def write_manifest(path: Path, records: Sequence[Record], store: Path) -> None:
+    """What Snakemake sees of a job's experiments: which runs they consist of and how they ended."""
+    runs = [
         {
-            "cell": list(cell),
-            "runs": [
-                {
-                    "seed": record.spec.seed,
-                    "hash": record.hash,
-                    "outcome": record.outcome,
-                    "folder": str(record.spec.folder(store).relative_to(store)),
-                }
-                for record in records
-            ],
-        },
-    )
+            "cell": list(record.spec.cell),
+            "seed": record.spec.seed,
+            "hash": record.hash,
+            "outcome": record.outcome,
+            "folder": str(record.spec.folder(store).relative_to(store)),
+        }
+        for record in records
+    ]
+    write_json(path, {"runs": runs})

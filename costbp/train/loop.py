@@ -23,16 +23,15 @@ from costbp.config.study import RunSpec
 from costbp.console import say
 from costbp.cost.step import (
     CostCounter,
-    StepCost,
+    Count,
     forward_only,
     median_seconds,
     resident_bytes,
     typical_seconds,
 )
-from costbp.data.encoded import Split
 from costbp.data.prepare import Prepared
+from costbp.data.stream import BatchStream
 from costbp.device import allocator_peaks, forget_peaks, free, synchronise, to_device
-from costbp.estimators import build_estimator
 from costbp.estimators.probe import Probe, settle
 from costbp.models.loss import cross_entropy
 from costbp.models.weights import load_tokenizer
@@ -47,24 +46,6 @@ ALLOCATOR_STEPS = 5  # after these the allocator is asked where a step is larger
 
 class Interrupted(Exception):
     """The run was asked to stop; its state has been saved."""
-
-
-class BatchStream:
-    """Training batches by number: epoch after epoch, each in an order of its own; an incomplete
-    last batch is left out. Batch i is a function of (seed, i)."""
-
-    def __init__(self, split: Split, batch_size: int, seed: int) -> None:
-        self.split, self.size, self.seed = split, batch_size, seed
-        self.per_epoch = len(split) // batch_size
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-
-    def __getitem__(self, index: int) -> Batch:
-        epoch, place = divmod(index, self.per_epoch)
-        if epoch != self._epoch:
-            generator = Key(self.seed, epoch, (0,)).generator()
-            self._order = torch.randperm(len(self.split), generator=generator)
-            self._epoch = epoch
-        return self.split.batch(self._order[place * self.size : (place + 1) * self.size])
 
 
 @dataclass
@@ -90,7 +71,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepEvent:
     """What a watcher is told after each step."""
 
     fraction: float
@@ -99,7 +80,7 @@ class Progress:
     accuracy: float | None
 
 
-Watcher = Callable[[Progress], None]
+Watcher = Callable[[StepEvent], None]
 
 
 class Run:
@@ -126,7 +107,7 @@ class Run:
         self.spec, self.data, self.device = spec, data, device
         self.module = module.to(device)
         self.objective = Objective(self.module, cross_entropy)
-        self.estimator = build_estimator(spec.method)
+        self.estimator = spec.method.build()
         self.optimizer = spec.optimizer.build(self.objective.theta)
         self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
         self.state = State()
@@ -179,14 +160,14 @@ class Run:
         numbers = range(len(self.estimator.passes(state.step)))
         return [to_device(self.stream[state.batches + i], self.device) for i in numbers]
 
-    def spent(self, ahead: StepCost | None = None) -> float:
+    def spent(self, ahead: Count | None = None) -> float:
         """Share of the budget spent, including a step ``ahead``."""
         budget, state = self.spec.budget, self.state
         if budget.forward_units is None:
             return (state.step + (ahead is not None)) / budget.amount
         return (state.units + (ahead.units if ahead else 0.0)) / budget.amount
 
-    def step(self, batches: list[Batch], key: Key, cost: StepCost) -> list[float]:
+    def step(self, batches: list[Batch], key: Key, cost: Count) -> list[float]:
         """One estimate and one optimiser step, timed; returns the estimate's figures, and the sum of
         theta as the last. Reading them is the one time that the host waits for the device."""
         state = self.state
@@ -231,7 +212,7 @@ class Run:
             state.non_finite += int(dropped)
             self._log(loss, norm, size)
             outcome = self._diverged(loss, total)
-            watch(Progress(self.spent(), state, loss, accuracy))
+            watch(StepEvent(self.spent(), state, loss, accuracy))
             if outcome:
                 return "diverged", outcome
         if not state.step:

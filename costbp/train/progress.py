@@ -19,19 +19,18 @@ from rich.progress import (
 )
 
 from costbp.files import write_json
-from costbp.train.loop import Progress as Step
-from costbp.train.loop import Watcher
+from costbp.train.loop import StepEvent, Watcher
 from costbp.train.record import PROGRESS
 
 LINES = 10  # plain lines a run
 PULSE_SECONDS = 5.0  # between two writes of progress.json
 
 
-def describe(step: Step) -> str:
+def describe(event: StepEvent) -> str:
     """``loss 1.234  accuracy 0.87  12.3 steps/s``."""
-    rate = step.state.step / step.state.seconds if step.state.seconds else 0.0
-    accuracy = "  -" if step.accuracy is None else f"{step.accuracy:.3f}"
-    return f"loss {step.loss:7.4f}  accuracy {accuracy}  {rate:7.1f} steps/s"
+    rate = event.state.step / event.state.seconds if event.state.seconds else 0.0
+    accuracy = "  -" if event.accuracy is None else f"{event.accuracy:.3f}"
+    return f"loss {event.loss:7.4f}  accuracy {accuracy}  {rate:7.1f} steps/s"
 
 
 @contextlib.contextmanager
@@ -41,16 +40,16 @@ def watching(title: str, folder: Path) -> Iterator[Watcher]:
     with show(title) as shown:
         last = 0.0
 
-        def watch(step: Step) -> None:
+        def watch(event: StepEvent) -> None:
             nonlocal last
-            shown(step)
+            shown(event)
             if time.monotonic() - last > PULSE_SECONDS:
                 last = time.monotonic()
                 write_json(
                     folder / PROGRESS,
                     {
-                        "fraction": min(step.fraction, 1.0),
-                        "seconds": step.state.seconds + step.state.evaluation_seconds,
+                        "fraction": min(event.fraction, 1.0),
+                        "seconds": event.state.seconds + event.state.evaluation_seconds,
                     },
                 )
 
@@ -71,11 +70,11 @@ def _bar(title: str) -> Iterator[Watcher]:
         task = progress.add_task(title, total=1.0, figures="")
         last = 0.0
 
-        def watch(step: Step) -> None:
+        def watch(event: StepEvent) -> None:
             nonlocal last
-            if time.monotonic() - last > 0.1 or step.fraction >= 0.99:
+            if time.monotonic() - last > 0.1 or event.fraction >= 0.99:
                 last = time.monotonic()
-                progress.update(task, completed=min(step.fraction, 1.0), figures=describe(step))
+                progress.update(task, completed=min(event.fraction, 1.0), figures=describe(event))
 
         yield watch
 
@@ -85,13 +84,13 @@ def _lines(title: str) -> Iterator[Watcher]:
     shown = 0
     start = time.monotonic()
 
-    def watch(step: Step) -> None:
+    def watch(event: StepEvent) -> None:
         nonlocal shown
-        if int(step.fraction * LINES) > shown:
-            shown = int(step.fraction * LINES)
+        if int(event.fraction * LINES) > shown:
+            shown = int(event.fraction * LINES)
             passed = time.monotonic() - start
-            left = passed * (1 - step.fraction) / max(step.fraction, 1e-9)
-            text = f"{title}  {100 * step.fraction:3.0f} %  {describe(step)}  {left:5.0f} s left"
+            left = passed * (1 - event.fraction) / max(event.fraction, 1e-9)
+            text = f"{title}  {100 * event.fraction:3.0f} %  {describe(event)}  {left:5.0f} s left"
             print(text, file=sys.stderr, flush=True)
 
     yield watch

@@ -68,7 +68,7 @@ class Summary(BaseModel):
         learning_rate: as it was used, d taken into account.
         eps, float32: step and precision of the method's differences, as settled at the start.
         difference_snr, difference_cosine: of those differences against exact derivatives at the
-            start (``train/probe.py``): signal to noise in power, and cosine.
+            start (``estimators/probe.py``): signal to noise in power, and cosine.
         probe_forwards: forward passes that settling them took; not charged to the budget.
         step_seconds, forward_seconds: a typical optimiser step (each kind's median after the first
             steps) and a no-grad forward, the device synchronised.

@@ -22,9 +22,8 @@ from torch import Tensor
 from costbp.config.catalog import LoraTraining, ModelEntry
 from costbp.config.methods import MethodEntry
 from costbp.config.sources import ConfigSource
-from costbp.cost.trace import Bench
+from costbp.cost.bench import Bench
 from costbp.device import free, out_of_memory
-from costbp.estimators import build_estimator
 from costbp.estimators.memory_plans import PLANS
 from costbp.estimators.probe import settle
 from costbp.models.architecture import sample_batch, transformers_config
@@ -135,7 +134,7 @@ def _drawn_on_cpu() -> Iterator[None]:
 def _gradients(entry: ModelEntry, method: MethodEntry, device: torch.device, eps: Any) -> Any:
     """Gradient estimates of three steps, and how differences were taken (as given, or settled)."""
     objective, data = _objective(entry, device)
-    estimator, found = build_estimator(method), []
+    estimator, found = method.build(), []
     optimizer = method.optimizer.build(objective.theta)
     with _drawn_on_cpu():
         if eps is None:
@@ -187,7 +186,7 @@ def _masks(device: torch.device) -> Check:
     objective, data = _objective(_entry(SMALL, dropout=0.3), place)
     errors = {}
     wanted = None
-    for name in ("none", "per_block", "sqrt", "selective"):
+    for name in ("none", "per_block", "selective"):
         with objective.noise(Key(0, 0)), PLANS[name](objective, data):
             _, gradient = objective.gradient(data)
         wanted = gradient.clone() if wanted is None else wanted
@@ -201,15 +200,19 @@ def _predicted(device: torch.device, methods: Mapping[str, MethodEntry]) -> Chec
     """Bytes of a step traced without weights against those of the device."""
     names = ("bp_vanilla", "bp_checkpointing", "fmad_vanilla", "zo_vanilla")
     config, batch, length = (SMALL, 4, 24) if device.type == "cpu" else (LARGE, 4, 128)
-    entry, figures = _entry(config, dtype="bfloat16"), {}
+    entry, figures, errors = _entry(config, dtype="bfloat16"), {}, {}
     traced, real = Bench(entry), Bench(entry, device.type)
     for name in names:
-        ahead = traced.cost(name, methods[name], batch, length)["peak_bytes"]
+        ahead = traced.cost(name, methods[name], batch, length)
         measured = real.cost(name, methods[name], batch, length)
-        allocator = measured.get("allocator") or {"allocated": measured["peak_bytes"]}
-        seconds = measured["seconds"] / measured["forward_seconds"]
-        figures[name] = {"predicted": ahead, "time_forwards": round(seconds, 2), **allocator}
-    errors = {name: f["predicted"] / f["allocated"] - 1 for name, f in figures.items()}
+        allocated = measured.allocated_bytes or measured.peak_bytes
+        errors[name] = ahead.peak_bytes / allocated - 1
+        figures[name] = {
+            "predicted": ahead.peak_bytes,
+            "allocated": allocated,
+            "reserved": measured.reserved_bytes,
+            "time_forwards": measured.time,
+        }
     worst = max(errors.values(), key=abs)
     words = ", ".join(f"{name} {error:+.1%}" for name, error in errors.items())
     state = "ok" if abs(worst) <= PREDICTED else "failed"

@@ -5,7 +5,7 @@ TABLES = REPORTS / "tables"
 
 rule aggregate:
     input:
-        [RESULTS / "train" / cell.model / cell.task / cell.method / f"{cell.budget}.json" for cell in CELLS],
+        [RESULTS / "train" / model / task / budget / f"{'+'.join(methods)}.json" for model, task, budget, methods in PLAN.jobs()],
         [RESULTS / "cost" / model / f"{task}.json" for model, task in PAIRS],
     output:
         RESULTS / "runs.parquet",

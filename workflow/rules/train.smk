@@ -1,20 +1,22 @@
-# One job an experiment; its seeds run one after the other in one process. What is finished lives in
-# the run store, outside `output:`, so that a failed or killed job loses nothing.
+# A job runs the experiments of one (model, task, budget): one of them, or as many as a study whose runs
+# are short puts into one process. Seeds run one after the other. What is finished lives in the run
+# store, outside `output:`, so that a failed or killed job loses nothing.
 
 
 rule train:
     input:
         RESULTS / "prepared" / "{model}" / "{task}.json",
     output:
-        RESULTS / "train" / "{model}" / "{task}" / "{method}" / "{budget}.json",
+        RESULTS / "train" / "{model}" / "{task}" / "{budget}" / "{methods}.json",
     params:
         plan=RESOLVED,
-        runs=lambda wildcards: [spec.hash for spec in PLAN.specs(Cell(**wildcards))],
+        names=lambda wildcards: wildcards.methods.replace("+", ","),
+        runs=lambda wildcards: PLAN.hashes(**wildcards),
         start_unfit=PLAN.study.start_unfit,
     log:
-        LOGS / "train" / "{model}-{task}-{method}-{budget}.log",
+        LOGS / "train" / "{model}-{task}-{budget}-{methods}.log",
     benchmark:
-        LOGS / "train" / "{model}-{task}-{method}-{budget}.benchmark.jsonl"
+        LOGS / "train" / "{model}-{task}-{budget}-{methods}.benchmark.jsonl"
     wildcard_constraints:
         model="|".join(ENCODERS) or "(?!)",
     threads: 1
@@ -24,10 +26,10 @@ rule train:
         mem_mb=PLAN.study.resources.mem_mb,
         runtime=PLAN.study.resources.runtime,
     message:
-        "training {wildcards.model} on {wildcards.task} by {wildcards.method}, {wildcards.budget}"
+        "training {wildcards.model} on {wildcards.task} by {params.names}, {wildcards.budget}"
     shell:
         "OMP_NUM_THREADS={threads} costbp train --plan {params.plan} --model {wildcards.model}"
-        " --task {wildcards.task} --method {wildcards.method} --budget {wildcards.budget}"
+        " --task {wildcards.task} --method {params.names} --budget {wildcards.budget}"
         " --out {output} > {log} 2>&1"
 
 

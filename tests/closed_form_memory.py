@@ -12,15 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from costbp.config.catalog import LoraTraining
-from costbp.config.methods import (
-    BackpropSpec,
-    ExactOracle,
-    MethodEntry,
-    PlainDirections,
-    ProjectedSpec,
-)
 from costbp.config.sources import ConfigSource
-from costbp.cost.products import Training
 
 Step = Literal["backprop", "per_block", "forward", "forward_mode"]
 
@@ -134,44 +126,6 @@ def peak_bytes(
     return max(tokens * half, tokens * other, logits * LOGITS[step, byte])
 
 
-def theory_bytes(
-    method: MethodEntry, source: ConfigSource, train: Training, batch: int, length: int
-) -> float | None:
-    """``peak_bytes`` of a method's step; None where no closed form is known: several directions or
-    sets at once, other plans than none and per block, wrappers, dropout in the base."""
-    known = (
-        source.config["model_type"] in FAMILIES
-        and isinstance(train, LoraTraining)
-        and source.bits is None
-        and source.loss_chunk is None
-        and not any(source.config.get(name, 0.1) for name in DROPOUT[source.config["model_type"]])
-        and method.accumulate == 1
-        and method.svrg is None
-    )
-    step = _step(method.estimator) if known else None
-    if step is None or not isinstance(train, LoraTraining):
-        return None
-    return peak_bytes(source, train, step, batch, length)
-
-
-def _step(estimator: object) -> Step | None:
-    if isinstance(estimator, BackpropSpec):
-        return PLANS.get(estimator.plan)
-    one = isinstance(estimator, ProjectedSpec) and estimator.directions.count == 1
-    if not one or not isinstance(estimator.directions, PlainDirections):  # type: ignore[attr-defined]
-        return None
-    return "forward_mode" if isinstance(estimator.oracle, ExactOracle) else "forward"  # type: ignore[attr-defined]
-
-
-ENCODERS_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-DROPOUT: dict[str, tuple[str, ...]] = {  # keys of rates that default to 0.1
-    "bert": ENCODERS_DROPOUT,
-    "roberta": ENCODERS_DROPOUT,
-    "opt": ("dropout",),
-    "llama": (),
-    "qwen2_vl": (),
-}
-PLANS: dict[str, Step] = {"none": "backprop", "per_block": "per_block"}
 LOGITS = {  # bytes a logit: logits, their float32 copy where they are narrower, the softmax; tangents
     ("forward", 4): 8,
     ("forward", 2): 10,

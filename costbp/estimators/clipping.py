@@ -11,18 +11,16 @@ from costbp.objective import Batch, Key, Objective
 
 
 @dataclass
-class Shaped(Wrapper):
-    """The inner estimate, clipped by norm, then by value, then replaced by its signs.
+class Clipped(Wrapper):
+    """The inner estimate, clipped by norm, then replaced by its signs.
 
     Args:
         norm: largest Euclidean norm; a longer estimate is scaled down to it.
-        value: largest absolute entry.
         sign: hand out signs (signSGD, Bernstein et al. 2018; of zeroth-order estimates: Liu et
             al. 2019, ZO-signSGD).
     """
 
     norm: float | None = None
-    value: float | None = None
     sign: bool = False
 
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
@@ -30,8 +28,6 @@ class Shaped(Wrapper):
         gradient = estimate.gradient
         if self.norm is not None:
             gradient.mul_((self.norm / wide(gradient).norm()).clamp(max=1))
-        if self.value is not None:
-            gradient.clamp_(-self.value, self.value)
         if self.sign:
             gradient.sign_()
         return replace(estimate, gradient=gradient)

@@ -1,0 +1,167 @@
+"""A method of the catalog in a training loop of your own: any module, any loss, any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from costbp.config.entries import Strict
+from costbp.config.load import overlaid, read_yaml, validate
+from costbp.config.methods import MethodEntry
+from costbp.errors import UserError, suggest
+from costbp.estimators.base import Estimate
+from costbp.estimators.probe import settle
+from costbp.objective import Batch, Key, Objective
+
+Loss = Callable[[nn.Module, Any], Tensor]
+MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+SHIPPED = Path(__file__).parent.parent / "config" / "catalog" / "methods.yaml"
+
+
+class _Methods(Strict):
+    methods: dict[str, MethodEntry]
+
+
+class Method:
+    """A catalog entry, to be put to work on a module by ``on``.
+
+    Args:
+        name: in the catalog.
+        optimizer: makes the optimiser from a list with the one flat vector [d] of trained parameters
+            (``functools.partial(torch.optim.SGD, lr=0.01)``); by default the entry's.
+        settings: values laid over the entry, by dotted key: ``{"estimator.directions.count": 4}``.
+        catalog: a file of methods; by default the shipped one.
+
+    Raises:
+        UserError: no such method, or a setting that isn't allowed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        optimizer: MakeOptimizer | None = None,
+        settings: Mapping[str, Any] | None = None,
+        catalog: Path | str = SHIPPED,
+    ) -> None:
+        path = Path(catalog)
+        data = {"methods": read_yaml(path)}
+        entries = validate(_Methods, data, [(path, data)]).methods
+        if name not in entries:
+            raise UserError(f"{path}: no method '{name}'; {suggest(name, entries)}")
+        entry = entries[name]
+        self.entry = overlaid(entry, settings, "settings") if settings else entry
+        self.make_optimizer = optimizer
+
+    def on(self, module: nn.Module, loss: Loss, *, seed: int = 0) -> Steps:
+        """The method at work: what of ``module`` has ``requires_grad`` is trained.
+
+        Args:
+            loss: ``loss(module, batch)``, a scalar tensor; batches are whatever it takes.
+            seed: of directions and dropout masks.
+        """
+        return Steps(self, module, loss, seed)
+
+
+class Steps:
+    """Optimiser steps of a method on a module, whose parameters are trained in place.
+
+    Attributes:
+        objective: the loss as a function of the flat vector ``objective.theta``.
+        optimizer: steps that vector.
+        step: steps made so far.
+    """
+
+    def __init__(self, method: Method, module: nn.Module, loss: Loss, seed: int) -> None:
+        self._called = _Called(module, loss)
+        self.objective = Objective(self._called, lambda output, batch: output)
+        self.estimator = method.entry.build()
+        make, theta = method.make_optimizer, self.objective.theta
+        self.optimizer = make([theta]) if make else method.entry.optimizer.build(theta)
+        self.seed, self.step = seed, 0
+        self._settled = False
+
+    @property
+    def batches(self) -> int:
+        """Batches that the next step looks at: one, but for accumulation and SVRG's snapshots."""
+        return len(self.estimator.passes(self.step))
+
+    def estimate(self, *batches: Any) -> Estimate:
+        """Estimate the gradient, and leave it in the parameters' ``.grad``.
+
+        Raises:
+            ValueError: not as many batches as the step looks at.
+        """
+        if len(batches) != self.batches:
+            raise ValueError(
+                f"step {self.step} looks at {self.batches} batches, not {len(batches)}"
+            )
+        self.objective.hold_gradients()
+        flat, key = [self._called.flat(batch) for batch in batches], Key(self.seed, self.step)
+        if not self._settled:
+            settle(self.objective, self.estimator, flat[0], key)
+            self._settled = True
+        estimate = self.estimator.estimate(self.objective, flat, key)
+        if estimate.gradient is not self.objective.buffer:
+            self.objective.buffer.copy_(estimate.gradient)
+        self.step += 1
+        return estimate
+
+    def __call__(self, *batches: Any) -> Tensor:
+        """One step on as many batches as it looks at; returns the mean loss [] before it."""
+        estimate = self.estimate(*batches)
+        self.objective.theta.grad = self.objective.buffer
+        self.optimizer.step()
+        return estimate.loss
+
+    def over(self, batches: Iterable[Any]) -> Iterator[Tensor]:
+        """Steps on the batches of a loader, one after the other; yields each step's loss []. What is
+        left at the end and too little for a step is left out."""
+        stream = iter(batches)
+        while len(taken := list(islice(stream, self.batches))) == self.batches:
+            yield self(*taken)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later run continues from, beside the module's own parameters."""
+        difference = self.estimator.difference
+        return {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "estimator": self.estimator.state_dict(),
+            "difference": vars(difference) if difference is not None and self._settled else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict()``."""
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.estimator.load_state_dict(state["estimator"])
+        if state["difference"] is not None and self.estimator.difference is not None:
+            vars(self.estimator.difference).update(state["difference"])
+        self._settled = self.step > 0
+
+
+class _Called(nn.Module):
+    """A module and its loss as a module that is called with the tensors of a batch by number."""
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+        self._structure: Any = None
+
+    def flat(self, batch: Any) -> Batch:
+        """A batch's tensors by number. All batches of a step have one structure."""
+        leaves, self._structure = tree_flatten(batch)
+        self._others = {i: v for i, v in enumerate(leaves) if not isinstance(v, Tensor)}
+        return {str(i): v for i, v in enumerate(leaves) if isinstance(v, Tensor)}
+
+    def forward(self, batch: Batch) -> Tensor:
+        leaves = {**{int(name): value for name, value in batch.items()}, **self._others}
+        ordered = [leaves[index] for index in range(len(leaves))]
+        return self.loss(self.module, tree_unflatten(ordered, self._structure))
