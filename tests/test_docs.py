@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from costbp.cli import app
 from costbp.config import Cell, MethodEntry, load_plan
-from costbp.data.pairs import check_pairs
-from costbp.data.prepare import _packed
+from costbp.data.pairs import Pair, check_pairs
+from costbp.data.prepare import _packed, prepare
 from costbp.data.splits import SPLITS
 from costbp.errors import UserError
 from costbp.models.build import build_model
@@ -247,6 +247,14 @@ def test_what_is_wrong_with_ones_own_files_is_one_line(own, kind, entry, change,
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         plan = check_pairs(load_plan([OWN, over]))
         build_model(plan.catalog.models["word_bag"], 2, Path("cache/assets"), 0, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_a_tasks_file_names_the_row(own):
+    SMS.write_text(SMS.read_text().replace('row["text"]', 'row["txt"]'))
+    plan = load_plan([OWN])
+    with pytest.raises(UserError, match=r"task 'sms_spam', row 1: KeyError 'txt'") as caught:
+        prepare(Pair.of(plan, "word_bag", "sms_spam"))
     assert "\n" not in str(caught.value)
 
 

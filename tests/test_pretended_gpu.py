@@ -31,6 +31,7 @@ from benchmarks.families import FAMILIES, family_batch, family_objective
 from costbp import device as measured
 from costbp.config import Cell, load_plan
 from costbp.config.load import overlaid
+from costbp.data import encoded
 from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.errors import UserError
@@ -39,7 +40,7 @@ from costbp.estimators.backprop import Backprop
 from costbp.estimators.memory_plans import PLANS
 from costbp.models.build import build_model
 from costbp.objective import Batch, Key, Objective
-from costbp.tasks import docstrings, encoded
+from costbp.tasks import docstrings
 from costbp.train import experiment
 from costbp.train.loop import Run
 from costbp.train.record import STEPS

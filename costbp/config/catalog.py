@@ -89,7 +89,7 @@ class ModelEntry(Entry):
 
     @property
     def repository(self) -> Repository | None:
-        """Where on the hub the weights are, if they are there."""
+        """The hub's repository that the weights come from, if any."""
         if isinstance(self.base, HubSource):
             return Repository(repo=self.base.repo, revision=self.base.revision)
         return self.base.weights if isinstance(self.base, ConfigSource) else None
@@ -120,7 +120,8 @@ class Mapped(Strict):
     """Which of a source's splits and columns are meant."""
 
     splits: dict[Literal["train", "validation", "test"], str] = Field(
-        {}, description="Our split -> the source's; missing ones are carved from train."
+        {},
+        description="Our split -> the source's; a missing one is carved from train, none: one pool.",
     )
     columns: dict[str, str] = Field({}, description="The task's column -> the source's.")
 

@@ -24,10 +24,12 @@ class Source(Strict):
     dtype: DType = Field("float32", description=DTYPE)
     bits: Literal[4] | None = Field(None, description="4: the base's linear layers are packed.")
     packing: Literal["rtn", "nf4", "gptq"] = Field(
-        "rtn", description="`rtn`: integers, rounded; `nf4`: bitsandbytes'; `gptq`: a checkpoint's."
+        "rtn",
+        description="`rtn`: groups of integers rounded to the nearest; `nf4`: bitsandbytes; `gptq`: as a "
+        "GPTQ checkpoint stores them.",
     )
     group: int = Field(128, ge=2, description="Weights that share a scale, where packed.")
-    image_side: int = Field(280, ge=8, description="Images are shrunk to this side, squared.")
+    image_side: int = Field(280, ge=8, description="Images are shrunk to as many pixels squared.")
     chat: bool = Field(False, description="Prompts go through the tokenizer's chat template.")
 
     @model_validator(mode="after")
@@ -41,7 +43,7 @@ class Repository(Strict):
     """A repository of the Hugging Face hub at a fixed state."""
 
     repo: str = Field(pattern="^[^/ ]+/[^/ ]+$", description="`owner/name` on the hub.")
-    revision: str = Field("main", description="Commit. With `main` the first fetch decides.")
+    revision: str = Field("main", description="Commit; with `main` the first fetch decides.")
 
     @property
     def folder(self) -> str:
@@ -55,7 +57,7 @@ class AssetSource(Source):
     kind: Literal["asset"]
     asset: str = Field(description="Name in assets.yaml.")
     folder: str = Field(".", description="Folder of the model inside the asset.")
-    gguf: str | None = Field(None, description="The weights' GGUF file there, to be unpacked.")
+    gguf: str | None = Field(None, description="Weights' GGUF file there, unpacked once.")
 
     @model_validator(mode="after")
     def _writes(self) -> Self:
@@ -107,7 +109,7 @@ class PythonSource(PythonFile):
     `classes`, `train` (the entry's), `assets` (name -> folder) and the options."""
 
     base: Base | None = Field(
-        None, description="Model that the function is handed, whose tokenizer is used."
+        None, description="transformers model that the function is handed; its tokenizer is used."
     )
     vocabulary: int = Field(2048, ge=8, description="No base: ids that words are hashed into.")
     assets: tuple[str, ...] = Field((), description="Further assets, whose folders it is handed.")

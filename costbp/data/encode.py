@@ -133,7 +133,7 @@ def answer_ids(answer: str, words: Tokenizer, *, chat: bool) -> list[int]:
 
 
 def choices(task: Task, model: ModelEntry, words: Tokenizer) -> list[list[int]]:
-    """Token ids of each of a task's answers, none the beginning of another.
+    """Token ids of each of a task's answers, no two alike.
 
     Raises:
         UserError: two answers are encoded alike.

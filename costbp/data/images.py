@@ -191,7 +191,7 @@ def image_tokens(model: ModelEntry, assets: Path) -> ImageTokens:
     """How a model of form ``image_text`` is shown an image.
 
     Raises:
-        UserError: the weights aren't there, or of a family whose images aren't known.
+        UserError: the weights are missing, or of a family whose images aren't known.
     """
     config, source = configuration(model, assets), model.source
     assert isinstance(source, Source)

@@ -127,8 +127,8 @@ def _prepare(pair: Pair) -> None:
             f"{name}.examples": _packed(part) if name != "train" else None,
         }
     with atomic(file) as temporary:
-        there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        save_file(there, temporary, metadata={"facts": json.dumps(facts)})
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, temporary, metadata={"facts": json.dumps(facts)})
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def load_prepared(path: Path) -> Prepared:
     """Open a cached pair.
 
     Raises:
-        UserError: the file is not there or not readable.
+        UserError: the file is missing or not readable.
     """
     if not path.exists():
         raise UserError(f"{path}: not prepared yet; run `costbp prepare` for this model and task")

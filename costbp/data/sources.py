@@ -34,9 +34,10 @@ def read_examples(task: TaskEntry, name: str, assets: Path) -> dict[str, list[Ex
         counts[split] = counts.get(split, 0) + 1
         try:
             example = definition.example(row)
-        except UserError as error:
+        except Exception as error:  # a row that isn't as it should be, or a mistake in a file
             where = f"row {counts[split]}" + (f" of split '{split}'" if split else "")
-            raise UserError(f"task '{name}', {where}: {error}") from None
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__} "
+            raise UserError(f"task '{name}', {where}: {kind}{first_line(error)}") from error
         if example.text.strip() or example.image is not None:
             found.setdefault(split, []).append(example)
     named = task.data.splits.values() if isinstance(task.data, HubData | LocalData) else ()
@@ -52,8 +53,9 @@ def _rows(task: TaskEntry, name: str, definition: Task, assets: Path) -> Iterato
         path = assets / data.folder if isinstance(data, HubData) else Path(data.path)
         yield from _saved(data, name, definition, path)
     elif definition.rows is None:
+        module = task.loader if isinstance(task.loader, str) else task.loader.file
         raise UserError(
-            f"task '{name}': its module '{task.loader}' has no rows of its own; the catalog's "
+            f"task '{name}': its module '{module}' has no rows of its own; the catalog's "
             "tasks.yaml must say where they are (data: {kind: hub, ...} or {kind: local, ...})"
         )
     else:
