@@ -10,7 +10,7 @@ from costbp.config import Cell, load_plan
 from costbp.errors import UserError
 from costbp.files import write_text
 from costbp.data.pairs import check_pairs
-from costbp.cost.outlook import told
+from costbp.cost.outlook import outlook_line
 
 
 configfile: "config/config.yaml"
@@ -29,7 +29,7 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-if workflow.is_main_process and (outlook := told(PLAN)):
+if workflow.is_main_process and (outlook := outlook_line(PLAN)):
     print(outlook, file=sys.stderr)
 
 REPORTS = PLAN.study.paths.reports
@@ -38,7 +38,7 @@ CELLS = list(PLAN.cells())
 PAIRS = PLAN.pairs()
 HEADS = [model for model, _ in PAIRS if PLAN.catalog.models[model].reads_features]
 ENCODERS = [model for model, _ in PAIRS if model not in HEADS]
-LABELS = PLAN.labels()  # words of the report: a change redraws it, and runs nothing else
+TEXTS = PLAN.texts_key()  # words of the report: a change redraws it, and runs nothing else
 
 # Rules call the `costbp` that belongs to this interpreter, whatever PATH says, on every node.
 # Waiting threads that spin would make small models 10-20x slower on a busy machine.

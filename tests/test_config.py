@@ -118,7 +118,7 @@ def test_a_change_of_claims_changes_no_run(workdir):
     edit(workdir / "config/claims.yaml", "tolerance: 1.5", "tolerance: 2")
     after = load_plan()
     assert before.claims_key() != after.claims_key()
-    assert before.labels() == after.labels()
+    assert before.texts_key() == after.texts_key()
     for cell in before.cells():
         assert before.specs(cell) == after.specs(cell)
 

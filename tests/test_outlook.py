@@ -14,7 +14,7 @@ from costbp.config import load_plan
 from costbp.config.catalog import BudgetEntry, HubData
 from costbp.config.load import overlaid
 from costbp.cost.bench import Bench
-from costbp.cost.outlook import outlook, told
+from costbp.cost.outlook import outlook, outlook_line
 from costbp.data.pairs import check_pairs
 from costbp.errors import UserError
 from tests.conftest import ROOT
@@ -73,9 +73,9 @@ def test_what_is_not_known_is_said():
         ("minilm_lora", "bert_base"), ("agnews",), ("bp_vanilla",), BudgetEntry(label="b", steps=1)
     )
     assert outlook(plan).unknown == ("minilm_lora",)
-    assert told(plan).endswith("; minilm_lora not counted")
+    assert outlook_line(plan).endswith("; minilm_lora not counted")
     none = of(("minilm_lora",), ("trec",), ("bp_vanilla",), BudgetEntry(label="b", steps=1))
-    assert told(none) == ""
+    assert outlook_line(none) == ""
     found = outlook(plan)
     assert found.hours(2 * found.flops / 3600 / 1e12) == pytest.approx(0.5)
 

@@ -14,8 +14,10 @@ import yaml
 
 from costbp import device
 from costbp.analysis import frames
+from costbp.analysis.claims import write as write_claims
 from costbp.analysis.figures import write as draw
-from costbp.analysis.report import unusual, write_claims, write_page
+from costbp.analysis.report import unusual
+from costbp.analysis.report import write as write_page
 from costbp.analysis.tables import write as tabulate
 from costbp.config import Cell, load_plan
 from costbp.cost.pairs import traced_cost

@@ -1,8 +1,8 @@
 """The readings of claims: what the runs say, comparison by comparison.
 
-Each compares the study's reference with one FmAD or ZO method on one (model, task,
-budget), or one method with another of its family, and files it: for the claim, against it, or
-undecided where seeds overlap or a method learnt nothing that could be compared.
+Each compares the study's reference with one FmAD or ZO method on one (model, task, budget), or one
+method with another of its family, and files it: for the claim, against it, or undecided where seeds
+overlap or a method learnt nothing that could be compared.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Pair:
     curves: pd.DataFrame
 
     def curve(self, run: Any) -> pd.DataFrame:
+        """A run's evaluations."""
         mask = self.curves["seed"] == run.seed
         for column in CELL:
             mask &= self.curves[column] == getattr(run, column)
@@ -50,19 +51,18 @@ class Pair:
 
 def pairs(plan: Plan, frames: Frames) -> Iterator[Pair]:
     """Every comparison of the reference with an FmAD or ZO method."""
-    reference = plan.reference
-    for (model, task, budget), group in _scored(frames).groupby(
-        ["model", "task", "budget"], sort=False
-    ):
-        base = group[group["method"] == reference]
+    for (model, task, budget), group in _compared(frames):
+        base = group[group["method"] == plan.reference]
         for method, other in group[group["family"] != "bp"].groupby("method", sort=False):
             if len(base):
                 yield Pair(f"{method} on {model}/{task}/{budget}", base, other, frames.curves)
 
 
-def _scored(frames: Frames) -> pd.DataFrame:
-    """Runs that had room on their device: the others have no score, not a bad one."""
-    return frames.runs[~frames.runs["outcome"].isin(UNFIT)]
+def _compared(frames: Frames) -> Any:
+    """Runs of each model, task and budget that had room on their device: the others have no score,
+    not a bad one."""
+    runs = frames.runs[~frames.runs["outcome"].isin(UNFIT)]
+    return runs.groupby(["model", "task", "budget"], sort=False)
 
 
 def accuracy_gap(plan: Plan, frames: Frames, claim: Claim) -> Finding:
@@ -280,9 +280,7 @@ def beats_its_baseline(plan: Plan, frames: Frames, claim: VariantClaim) -> Findi
         "mean over seeds. Decided where no seed of one reaches any seed of the other."
     )
     gaps = []
-    for (model, task, budget), group in _scored(frames).groupby(
-        ["model", "task", "budget"], sort=False
-    ):
+    for (model, task, budget), group in _compared(frames):
         scores = {m: g["test_accuracy"].fillna(0) for m, g in group.groupby("method")}
         for method, baseline in claim.baselines.items():
             if method in scores and baseline in scores:

@@ -1,4 +1,4 @@
-"""``claims.md``, ``claims.json`` and the self-contained page ``index.html``."""
+"""The self-contained page ``index.html``."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from costbp.analysis.claims import judge
 from costbp.analysis.finding import how_worded
 from costbp.analysis.frames import Frames
 from costbp.analysis.outputs import REPORT
 from costbp.analysis.readings import LEARNT
 from costbp.analysis.tables import (
-    HEADERS,
     cost_line,
     cost_table,
     metric_table,
-    readable,
     scale_line,
     spread,
+    summary,
 )
 from costbp.config.study import Plan
-from costbp.files import write_json, write_text
+from costbp.files import write_text
 from costbp.train.record import NOISE
 
 NAMES = {"fmad": "FmAD", "zo": "ZO"}
@@ -35,22 +33,18 @@ def headline(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
     """Outcome first: per (model, task, budget) the reference and the best method of each other family."""
     cards = []
     for (model, task, budget), runs in frames.runs.groupby(["model", "task", "budget"], sort=False):
-        mean = runs.groupby("method")["test_accuracy"].mean().dropna()
         rows = []
-        for family in ("bp", *NAMES):
-            names = set(runs.loc[runs["family"] == family, "method"])
-            scored = mean[mean.index.isin({plan.reference} if family == "bp" else names)]
-            if scored.empty:
-                continue
-            name = scored.idxmax()
-            label = plan.catalog.methods[name].label
-            best = f"best {NAMES[family]}: " if family != "bp" else ""
-            accuracy = spread(runs.loc[runs["method"] == name, "test_accuracy"], 100)
+        shown = runs[(runs["family"] != "bp") | (runs["method"] == plan.reference)]
+        for family, part in shown.dropna(subset="test_accuracy").groupby("family"):
+            mean = part.groupby("method")["test_accuracy"].mean()
+            best = f"best {NAMES[family]}: " if family in NAMES else ""
             rows.append(
                 {
-                    "title": best + label,
-                    "accuracy": accuracy,
-                    "value": scored.max(),
+                    "title": best + plan.catalog.methods[mean.idxmax()].label,
+                    "accuracy": spread(
+                        part.loc[part["method"] == mean.idxmax(), "test_accuracy"], 100
+                    ),
+                    "value": mean.max(),
                     "family": family,
                 }
             )
@@ -162,36 +156,6 @@ def provenance(plan: Plan, frames: Frames) -> dict[str, str]:
     return found
 
 
-def claims_markdown(plan: Plan, claims: list[dict[str, Any]]) -> str:
-    """The claims as a page: an at-a-glance table, then each comparison."""
-    lines = ["# Claims", "", scale_line(plan), ""]
-    lines += ["| Claim | Claimed | Measured here | Verdict | Ledger |", "|---|---|---|---|---|"]
-    for claim in claims:
-        cells = (
-            claim["title"],
-            claim["claimed"],
-            claim["measured"],
-            claim["verdict"],
-            claim["ledger"],
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    for claim in claims:
-        lines += ["", f"## {claim['title']}: {claim['verdict']}", "", f"> {claim['statement']}", ""]
-        lines += [f"Source: {claim['source']} ({claim['provenance']}).", "", claim["definition"]]
-        for kind in ("for", "against", "undecided"):
-            if claim[kind]:
-                lines += ["", f"{kind.capitalize()} ({len(claim[kind])}):", ""]
-                lines += [f"- {text}" for text in claim[kind]]
-    return "\n".join(lines) + "\n"
-
-
-def write_claims(plan: Plan, frames: Frames, folder: Path) -> None:
-    """``claims.json`` and ``claims.md``."""
-    claims = judge(plan, frames)
-    write_json(folder / "claims.json", {"study": plan.name, "claims": claims})
-    write_text(folder / "claims.md", claims_markdown(plan, claims))
-
-
 def embedded(picture: Path) -> str:
     """A PNG as a data URL."""
     return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
@@ -204,7 +168,7 @@ def render(template: str, **values: Any) -> str:
     return pages.get_template(template).render(**values)
 
 
-def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
+def write(plan: Plan, frames: Frames, folder: Path) -> None:
     """``index.html``: one file that needs nothing else."""
     seeds = max(len(plan.seeds(cell)) for cell in plan.cells())
     pictures = folder / "figures"
@@ -217,7 +181,7 @@ def write_page(plan: Plan, frames: Frames, folder: Path) -> None:
         cards=headline(plan, frames),
         claims=claims,
         verdicts=how_worded(plan.study.scale),
-        summary=readable(plan, frames).rename(columns=HEADERS),
+        summary=summary(plan, frames),
         metrics=metric_table(plan, frames),
         costs=cost_table(plan, frames),
         cost_line=cost_line(frames),

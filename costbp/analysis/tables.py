@@ -1,8 +1,9 @@
-"""The summary table, in Markdown, CSV and LaTeX."""
+"""Tables of results and costs, in Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -11,19 +12,6 @@ from costbp.analysis.frames import CELL, Frames
 from costbp.config.study import Plan
 from costbp.files import write_text
 
-HEADERS = {
-    "model": "Model",
-    "task": "Task",
-    "method": "Method",
-    "accuracy": "Test accuracy, %",
-    "loss": "Test loss",
-    "steps": "Steps",
-    "units": "Forward units",
-    "flops": "FLOPs",
-    "seconds": "Train seconds",
-    "memory": "Peak memory beyond weights",
-    "outcome": "Outcome",
-}
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -57,47 +45,46 @@ def numbers(frames: Frames) -> pd.DataFrame:
         seeds=("seed", "count"),
         d=("d", "max"),
         majority=("majority", "max"),
-        test_accuracy_mean=("test_accuracy", "mean"),
-        test_accuracy_min=("test_accuracy", "min"),
-        test_accuracy_max=("test_accuracy", "max"),
-        test_loss_mean=("test_loss", "mean"),
-        best_validation_accuracy_mean=("best_validation_accuracy", "mean"),
-        steps=("steps", "mean"),
-        forward_units=("forward_units", "mean"),
-        flops=("flops", "mean"),
+        **{f"test_accuracy_{how}": ("test_accuracy", how) for how in ("mean", "min", "max")},
+        **{f"{name}_mean": (name, "mean") for name in ("test_loss", "best_validation_accuracy")},
+        **{name: (name, "mean") for name in ("steps", "forward_units", "flops")},
         seconds_mean=("seconds", "mean"),
-        peak_bytes=("peak_bytes", "max"),
-        state_bytes=("state_bytes", "max"),
-        weights_bytes=("weights_bytes", "max"),
+        **{name: (name, "max") for name in ("peak_bytes", "state_bytes", "weights_bytes")},
         optimizer=("optimizer", "first"),
-        outcome=("outcome", lambda found: ", ".join(sorted(set(found)))),
+        outcome=("outcome", _outcomes),
         commit=("commit", "first"),
         **{f"{name}_mean": (name, "mean") for name in further(frames)},
     )
     return table.reset_index()
 
 
-def readable(plan: Plan, frames: Frames) -> pd.DataFrame:
+def _outcomes(found: pd.Series) -> str:
+    return ", ".join(sorted(set(found)))
+
+
+def _named(plan: Plan, model: str, task: str, method: str) -> dict[str, str]:
+    """A table's first cells: the labels of an experiment's entries."""
+    catalog = plan.catalog
+    entries = (catalog.models[model], catalog.tasks[task], catalog.methods[method])
+    return dict(zip(("Model", "Task", "Method"), (entry.label for entry in entries), strict=True))
+
+
+def summary(plan: Plan, frames: Frames) -> pd.DataFrame:
     """One row an experiment as text, for people."""
-    rows = []
-    for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False):
-        first = runs.iloc[0]
-        rows.append(
-            {
-                "model": plan.catalog.models[model].label,
-                "task": plan.catalog.tasks[task].label,
-                "method": plan.catalog.methods[method].label,
-                "accuracy": spread(runs["test_accuracy"], 100),
-                "loss": spread(runs["test_loss"], digits=2),
-                "steps": f"{runs['steps'].mean():.0f}",
-                "units": f"{runs['forward_units'].mean():,.0f}",
-                "flops": si(runs["flops"].mean()),
-                "seconds": spread(runs["seconds"], digits=1),
-                "memory": mib(first["peak_bytes"] + first["state_bytes"]),
-                "outcome": ", ".join(sorted(set(runs["outcome"]))),
-            }
-        )
-    return pd.DataFrame(rows, columns=list(HEADERS))
+    return pd.DataFrame(
+        _named(plan, model, task, method)
+        | {
+            "Test accuracy, %": spread(runs["test_accuracy"], 100),
+            "Test loss": spread(runs["test_loss"], digits=2),
+            "Steps": f"{runs['steps'].mean():.0f}",
+            "Forward units": f"{runs['forward_units'].mean():,.0f}",
+            "FLOPs": si(runs["flops"].mean()),
+            "Train seconds": spread(runs["seconds"]),
+            "Peak memory beyond weights": mib((runs["peak_bytes"] + runs["state_bytes"]).iloc[0]),
+            "Outcome": _outcomes(runs["outcome"]),
+        }
+        for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False)
+    )
 
 
 def further(frames: Frames) -> list[str]:
@@ -108,18 +95,13 @@ def further(frames: Frames) -> list[str]:
 
 def metric_table(plan: Plan, frames: Frames) -> pd.DataFrame:
     """What benchmarks report beside accuracy, as text: one row an experiment that has any."""
-    columns, rows = further(frames), []
-    for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False):
-        if runs[columns].notna().any(axis=None):
-            rows.append(
-                {
-                    "Model": plan.catalog.models[model].label,
-                    "Task": plan.catalog.tasks[task].label,
-                    "Method": plan.catalog.methods[method].label,
-                }
-                | {f"{words(name)}, %": spread(runs[name], 100) for name in columns}
-            )
-    return pd.DataFrame(rows)
+    columns = further(frames)
+    return pd.DataFrame(
+        _named(plan, model, task, method)
+        | {f"{words(name)}, %": spread(runs[name], 100) for name in columns}
+        for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False)
+        if runs[columns].notna().any(axis=None)
+    )
 
 
 def words(column: str) -> str:
@@ -139,10 +121,8 @@ def cost_table(plan: Plan, frames: Frames) -> pd.DataFrame:
             "Reserved": _gib(row.reserved_bytes),
         }
         rows.append(
-            {
-                "Model": plan.catalog.models[row.model].label,
-                "Task": plan.catalog.tasks[row.task].label,
-                "Method": plan.catalog.methods[row.method].label,
+            _named(plan, row.model, row.task, row.method)
+            | {
                 "Forward units": f"{row.forward_units:.2f}",
                 "Closed form": "-" if pd.isna(row.closed_form) else f"{row.closed_form:.3g}",
                 "Time, forwards": "-" if math.isnan(forwards) else f"{forwards:.1f}",
@@ -185,23 +165,12 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-ESCAPES = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#"})
-
-
 def latex(table: pd.DataFrame, caption: str) -> str:
     """A booktabs table."""
     columns = "l" * 3 + "r" * (len(table.columns) - 3)
-    rows = [
-        " & ".join(str(v).translate(ESCAPES) for v in row) for row in table.itertuples(index=False)
-    ]
-    head = " & ".join(str(name).translate(ESCAPES) for name in table.columns)
-    return (
-        "% needs \\usepackage{booktabs}\n"
-        f"\\begin{{table}}\n\\caption{{{caption.translate(ESCAPES)}}}\n"
-        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{head} \\\\\n\\midrule\n"
-        + " \\\\\n".join(rows)
-        + " \\\\\n\\bottomrule\n\\end{tabular}\n\\end{table}\n"
-    )
+    escaped = re.sub(r"([%&_#])", r"\\\1", caption)
+    text = table.to_latex(index=False, escape=True, column_format=columns, caption=escaped)
+    return "% needs \\usepackage{booktabs}\n" + text
 
 
 def scale_line(plan: Plan) -> str:
@@ -219,7 +188,7 @@ def scale_line(plan: Plan) -> str:
 def write(plan: Plan, frames: Frames, folder: Path) -> None:
     """``summary.{md,csv,tex}`` and ``cost.{md,csv}``."""
     caption = scale_line(plan)
-    table = readable(plan, frames).rename(columns=HEADERS)
+    table = summary(plan, frames)
     metrics = metric_table(plan, frames)
     more = "" if metrics.empty else f"\nOther metrics of the test split.\n\n{markdown(metrics)}"
     write_text(folder / "summary.md", f"{caption}\n\n{markdown(table)}{more}")

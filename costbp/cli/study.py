@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,9 @@ from costbp.config.read import read_yaml
 from costbp.config.study import Plan, state
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from costbp.analysis.frames import Frames
 
 KINDS = (*Catalog.model_fields, "groups", "claims", "studies")  # what `list` lists
 
@@ -162,45 +165,48 @@ def aggregate(config: Config = None, plan: Frozen = None) -> None:
     save(collect(study), study.results)
 
 
+def results(config: Config, plan: Frozen) -> tuple[Plan, Frames, Path]:
+    """A study, its aggregated results, and the folder of what people read."""
+    from costbp.analysis.frames import load as load_frames
+
+    study = load(config, plan)
+    return study, load_frames(study.results), study.study.paths.reports
+
+
 @app.command()
 def tables(config: Config = None, plan: Frozen = None) -> None:
     """Write the summary and cost tables (Markdown, CSV, LaTeX)."""
-    from costbp.analysis import frames
     from costbp.analysis.tables import write
 
-    study = load(config, plan)
-    write(study, frames.load(study.results), study.study.paths.reports / "tables")
+    study, frames, folder = results(config, plan)
+    write(study, frames, folder / "tables")
 
 
 @app.command()
 def figures(config: Config = None, plan: Frozen = None) -> None:
     """Draw the figures (PNG and PDF)."""
-    from costbp.analysis import frames
     from costbp.analysis.figures import write
 
-    study = load(config, plan)
-    write(study, frames.load(study.results), study.study.paths.reports / "figures")
+    study, frames, folder = results(config, plan)
+    write(study, frames, folder / "figures")
 
 
 @app.command()
 def claims(config: Config = None, plan: Frozen = None) -> None:
     """Hold every claim against the runs; verdicts are computed."""
-    from costbp.analysis import frames
-    from costbp.analysis.report import write_claims
+    from costbp.analysis.claims import write
 
-    study = load(config, plan)
-    write_claims(study, frames.load(study.results), study.study.paths.reports)
+    write(*results(config, plan))
 
 
 @app.command()
 def report(config: Config = None, plan: Frozen = None) -> None:
     """Write the self-contained page index.html from tables, figures and claims."""
-    from costbp.analysis import frames
-    from costbp.analysis.report import write_page
+    from costbp.analysis.report import write
 
-    study = load(config, plan)
-    write_page(study, frames.load(study.results), study.study.paths.reports)
-    print(study.study.paths.reports / "index.html")
+    study, frames, folder = results(config, plan)
+    write(study, frames, folder)
+    print(folder / "index.html")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from costbp.config.entries import Strict
 from costbp.config.groups import Names, load_groups
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
-from costbp.config.read import Loc, Sources, blame, dotted, overlay, read_yaml, validate, value_at
+from costbp.config.read import Loc, Sources, blame, dotted, laid_over, read_yaml, validate, value_at
 from costbp.config.sources import FolderSource
 from costbp.config.study import Plan, Study
 from costbp.errors import UserError, suggest
@@ -35,28 +35,23 @@ def load_catalog(
         entries: laid over the files' content, by kind.
         where: the file that they stand in.
     """
-    data, sources = {}, {}
-    for kind in Catalog.model_fields:
-        path = folder / f"{kind}.yaml"
-        sources[kind] = path
-        data[kind] = read_yaml(path)
-    wrapped = [(sources[kind], {kind: data[kind]}) for kind in data]
+    paths = {kind: folder / f"{kind}.yaml" for kind in Catalog.model_fields}
+    sources = [(path, {kind: read_yaml(path)}) for kind, path in paths.items()]
     if entries:
-        data = overlay(data, entries)
-        wrapped.append((where, dict(entries)))
-    catalog = validate(Catalog, data, wrapped)
+        sources.append((where, dict(entries)))
+    catalog = validate(Catalog, laid_over(sources), sources)
     used = [("models", n, a) for n, m in catalog.models.items() for a in m.assets]
     used += [("tasks", n, t.asset) for n, t in catalog.tasks.items() if t.asset]
     for kind, name, asset in used:
         if asset not in catalog.assets:
             raise UserError(
-                f"{sources[kind]}: {name}: asset '{asset}' is not in assets.yaml; "
+                f"{paths[kind]}: {name}: asset '{asset}' is not in assets.yaml; "
                 f"{suggest(asset, catalog.assets)}"
             )
     for name, task in catalog.tasks.items():
         if isinstance(task.loader, str) and task.loader not in task_modules():
             raise UserError(
-                f"{sources['tasks']}: {name}.loader = '{task.loader}' is not a module of "
+                f"{paths['tasks']}: {name}.loader = '{task.loader}' is not a module of "
                 f"costbp/tasks; {suggest(task.loader, task_modules())}"
             )
     return catalog
@@ -126,15 +121,11 @@ def load_plan(
         UserError: any mistake, in one line naming file, key, value and the allowed values.
     """
     sources = [(path, read_yaml(path)) for path in dict.fromkeys([base, *overlays])]
-    data: Mapping[str, Any] = {}
-    for path, content in sources:
-        if not isinstance(content, Mapping):
-            raise UserError(f"{path}: must hold keys and values, not a {type(content).__name__}")
-        data = overlay(data, content)
+    data: Mapping[str, Any] = laid_over(sources)
     if merged is not None:
+        if beyond := {key: value for key, value in merged.items() if data.get(key) != value}:
+            sources.append((Path("--config"), beyond))
         data = merged
-        if any(value_at(data, (key,)) != value for key, value in _flatten(sources).items()):
-            sources.append((Path("--config"), _beyond(sources, merged)))
     study = validate(Study, data, sources)
     catalog = load_catalog(
         study.catalog, study.entries, blame(sources, ("entries",)) if study.entries else DEFAULT
@@ -248,16 +239,3 @@ def _check_claims(plan: Plan, file: Path) -> None:
                         f"{plan.study.claims}: {name}.baselines: '{method}' is not in "
                         f"{plan.study.catalog}/methods.yaml; {suggest(method, known)}"
                     )
-
-
-def _flatten(sources: Sources) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    for _, content in sources:
-        data = overlay(data, content)
-    return data
-
-
-def _beyond(sources: Sources, merged: Mapping[str, Any]) -> dict[str, Any]:
-    """The top-level keys of ``merged`` that no file accounts for."""
-    known = _flatten(sources)
-    return {key: value for key, value in merged.items() if known.get(key) != value}

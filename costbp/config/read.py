@@ -55,6 +55,20 @@ def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def laid_over(sources: Sources) -> dict[str, Any]:
+    """The files' content, each laid over those before it.
+
+    Raises:
+        UserError: a file holds something else than keys and values.
+    """
+    data: dict[str, Any] = {}
+    for path, content in sources:
+        if not isinstance(content, Mapping):
+            raise UserError(f"{path}: must hold keys and values, not a {type(content).__name__}")
+        data = overlay(data, content)
+    return data
+
+
 def dotted(loc: Loc) -> str:
     """``experiments[0].methods[2]`` from pydantic's location tuple."""
     text = ""
@@ -64,6 +78,7 @@ def dotted(loc: Loc) -> str:
 
 
 def value_at(data: Any, loc: Loc) -> Any:
+    """What stands at ``loc``; None where nothing does."""
     for part in loc:
         try:
             data = data[part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -222,16 +223,14 @@ class Plan(Strict):
 
     def cells(self) -> Iterator[Cell]:
         """Every experiment once, in the order of the configuration."""
-        seen = set()
-        for block in self.study.experiments:
-            for model in block.models:
-                for task in block.tasks:
-                    for budget in block.budgets:
-                        for method in block.methods:
-                            cell = Cell(model, task, method, budget)
-                            if cell not in seen:
-                                seen.add(cell)
-                                yield cell
+        found = (
+            Cell(model, task, method, budget)
+            for block in self.study.experiments
+            for model, task, budget, method in product(
+                block.models, block.tasks, block.budgets, block.methods
+            )
+        )
+        yield from dict.fromkeys(found)
 
     def pairs(self) -> dict[tuple[str, str], list[str]]:
         """(model, task) -> the methods the study runs on it."""
@@ -327,17 +326,14 @@ class Plan(Strict):
         """Hash of the claims: a change judges them again, and runs nothing else."""
         return short_hash([claim.model_dump(mode="json") for claim in self.claims.values()])
 
-    def labels(self) -> str:
-        """Hash of the texts that reports show and runs don't depend on."""
-        texts = {
-            kind: {
-                name: entry.model_dump(
-                    mode="json", include=entry.cosmetic - {"optimizer", "trials"}
-                )
-                for name, entry in getattr(self.catalog, kind).items()
-            }
+    def texts_key(self) -> str:
+        """Hash of what reports show and runs don't depend on."""
+        unseen = {"optimizer", "trials"}
+        texts = [
+            [name, entry.model_dump(mode="json", include=entry.cosmetic - unseen)]
             for kind in ("methods", "models", "tasks", "budgets")
-        }
+            for name, entry in getattr(self.catalog, kind).items()
+        ]
         return short_hash([texts, self.study.description, self.study.scale])
 
     def optimizer(self, cell: Cell) -> tuple[OptimizerSpec, str]:
@@ -363,15 +359,12 @@ class Plan(Strict):
 
     def seeds(self, cell: Cell) -> tuple[int, ...]:
         """The seeds of an experiment, of every block that names it; the study's if none does."""
-        blocks = [
-            block
+        seeds = [
+            seed
             for block in self.study.experiments
-            if cell.model in block.models
-            and cell.task in block.tasks
-            and cell.method in block.methods
-            and cell.budget in block.budgets
+            if cell in product(block.models, block.tasks, block.methods, block.budgets)
+            for seed in block.seeds or self.study.seeds
         ]
-        seeds = [seed for block in blocks for seed in block.seeds or self.study.seeds]
         return tuple(dict.fromkeys(seeds)) or self.study.seeds
 
     @property

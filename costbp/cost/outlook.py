@@ -66,7 +66,7 @@ def _flops(plan: Plan, cell: Cell, found: list[Product]) -> float:
     return (budget.steps or 0) * (per_step or 0.0) * forward
 
 
-def told(plan: Plan) -> str:
+def outlook_line(plan: Plan) -> str:
     """The outlook in one line; empty where nothing is known."""
     found = outlook(plan)
     if not found.runs:

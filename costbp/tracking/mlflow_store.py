@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from costbp.config.study import Plan
+from costbp.config.study import Cell, Plan
 from costbp.errors import UserError
 from costbp.files import ensure_folder, lock
 from costbp.train.record import RECORD, STEPS, Record, read_record
@@ -39,9 +39,8 @@ def sync(plan: Plan) -> tuple[int, int]:
     Raises:
         UserError: the tracking server can't be reached or refuses.
     """
-    specs = [spec for cell in plan.cells() for spec in plan.specs(cell)]
     records = []
-    for spec in specs:
+    for spec in (spec for cell in plan.cells() for spec in plan.specs(cell)):
         with contextlib.suppress(ValueError):  # a damaged record is computed again by the workflow
             records.append(read_record(spec.folder(plan.study.paths.store)))
     found = [record for record in records if record is not None]
@@ -119,37 +118,33 @@ def _log(client: Any, experiment: str, plan: Plan, record: Record) -> bool:
 
 
 def _tags(plan: Plan, record: Record) -> dict[str, str]:
-    model, task, method, budget = record.spec.cell
+    facts = record.environment
     return {
         "study": plan.name,
-        "model": model,
-        "task": task,
-        "method": method,
+        **Cell(*record.spec.cell)._asdict(),
         "method_family": record.spec.method.family,
-        "budget": budget,
         "spec_hash": record.hash,
         "outcome": record.outcome,
-        "commit": record.environment.get("commit", "unknown"),
-        "device": record.environment.get("device", "unknown"),
+        **{name: facts.get(name, "unknown") for name in ("commit", "device")},
     }
 
 
 def _params(record: Record) -> list[Any]:
     from mlflow.entities import Param
 
-    flat: dict[str, Any] = {"seed": record.spec.seed}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                walk(f"{prefix}.{name}" if prefix else name, inner)
-        else:
-            flat[prefix] = value
-
-    for part in ("model", "task", "method", "budget"):
-        walk(part, getattr(record.spec, part).identity())
-    walk("optimizer", record.spec.optimizer.model_dump(mode="json"))
+    spec = record.spec
+    parts = {name: getattr(spec, name).identity() for name in ("model", "task", "method", "budget")}
+    parts["optimizer"] = spec.optimizer.model_dump(mode="json")
+    flat = {"seed": spec.seed, **dict(_flat("", parts))}
     return [Param(name, str(value)[:6000]) for name, value in flat.items()]
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{name}.", value)
+        else:
+            yield prefix + name, value
 
 
 def _metrics(record: Record, steps: pd.DataFrame, start: int) -> Iterator[Any]:

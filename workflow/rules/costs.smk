@@ -82,7 +82,7 @@ rule costs:
         report(REPORTS / "costs" / "index.html", caption="../report/costs.rst", category="Costs"),
     params:
         plan=RESOLVED,
-        labels=LABELS,
+        texts=TEXTS,
     log:
         LOGS / "costs.log",
     localrule: True

@@ -13,7 +13,7 @@ rule aggregate:
         RESULTS / "costs.parquet",
     params:
         plan=RESOLVED,
-        labels=LABELS,
+        texts=TEXTS,
     log:
         LOGS / "aggregate.log",
     localrule: True
@@ -55,7 +55,7 @@ rule tables:
         ),
     params:
         plan=RESOLVED,
-        labels=LABELS,
+        texts=TEXTS,
     log:
         LOGS / "tables.log",
     localrule: True
@@ -77,7 +77,7 @@ rule figures:
         expand(REPORTS / "figures" / "{name}.pdf", name=[figure.name for figure in REPORT]),
     params:
         plan=RESOLVED,
-        labels=LABELS,
+        texts=TEXTS,
     log:
         LOGS / "figures.log",
     localrule: True
@@ -98,7 +98,7 @@ rule claims:
         ),
     params:
         plan=RESOLVED,
-        labels=LABELS,
+        texts=TEXTS,
         claims=PLAN.claims_key(),
     log:
         LOGS / "claims.log",
@@ -118,7 +118,7 @@ rule report:
         report(REPORTS / "index.html", caption="../report/report.rst", category="Report"),
     params:
         plan=RESOLVED,
-        labels=LABELS,
+        texts=TEXTS,
     log:
         LOGS / "report.log",
     localrule: True
