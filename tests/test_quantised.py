@@ -88,7 +88,7 @@ def test_a_chunked_loss_lowers_every_method_s_peak(plan):
     chunked = overlaid(entry, {"source.loss_chunk": 16}, "test")
     for name in METHODS:
         whole, part = (
-            Bench(e).cost(name, plan.catalog.methods[name], 4, 32)["peak_by_category"]
+            Bench(e).cost(name, plan.catalog.methods[name], 4, 32).peak_by_category
             for e in (entry, chunked)
         )
         assert part["logits and loss"] < whole["logits and loss"] / 4, name
