@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.families import FAMILIES, family_batch, family_objective
 from benchmarks.rows import FLOPS, PEAK, TIME, Check, Cost, Kind, Results
 from benchmarks.today import switch_checkpointing_on
 from costbp.cost.step import forward_only, wall_seconds
 from costbp.estimators.base import Estimator
 from costbp.meter import Meter
-from costbp.models.families import FAMILIES, family_batch, family_objective
 from costbp.models.loss import cross_entropy
 from costbp.objective import Batch, Key, Objective
 

@@ -8,13 +8,13 @@ from functools import partial
 from benchmarks import jax_block, today
 from benchmarks.bench import Bench, Case, Measured, Run
 from benchmarks.closed_form import products
+from benchmarks.families import FAMILIES
 from benchmarks.rows import TIME
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.memory_plans import ByteBudget, blocks, keep_all, per_block, recomputing
 from costbp.estimators.oracles import Batched, Central, Exact, OneSided
 from costbp.estimators.projected import Projected
-from costbp.models.families import FAMILIES
 
 Entry = Callable[[Bench], None]
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.families import family_batch, family_objective
 from costbp.config.load import load_plan
 from costbp.cost.step import forward_only
-from costbp.models.families import family_batch, family_objective
 from costbp.objective import Key
 
 METHODS = ("bp_vanilla", "zo_vanilla", "fmad_vanilla", "fmad_multiple")

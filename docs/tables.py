@@ -16,13 +16,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from costbp.config import catalog, costs, load_plan, methods, optimizer, study
+from costbp.config import catalog, claims, costs, load_plan, methods, optimizer, sources, study
 from costbp.config.entries import Entry
 from costbp.config.methods import BackpropSpec, MethodEntry, ProjectedSpec
 from costbp.config.shares import Shares
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES: tuple[ModuleType, ...] = (catalog, costs, methods, optimizer, study)
+MODULES: tuple[ModuleType, ...] = (catalog, claims, costs, methods, optimizer, sources, study)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 WORDS = {"object": "mapping", "string": "text", "boolean": "true, false", "null": "null"}
@@ -43,14 +43,22 @@ def config_classes() -> dict[str, type[BaseModel]]:
 
 def table_of(model: type[BaseModel]) -> str:
     """A row for each key of a class: what it may hold, its default, what it means."""
-    shared = set(Entry.model_fields) if issubclass(model, Entry) and model is not Entry else set()
+    shared = {
+        name
+        for base in (Entry, sources.Source, claims.ReferenceClaim.__base__)
+        if issubclass(model, base) and model not in (base, claims.ReferenceClaim)
+        for name, field in base.model_fields.items()
+        if model.model_fields[name].default == field.default
+    }
     rows = []
     schema = model.model_json_schema()
     for name, field in model.model_fields.items():
         if name in shared:
             continue
         rule = schema["properties"][field.alias or name]
-        allowed = " or ".join(dict.fromkeys(_allowed(rule, schema.get("$defs", {}))))
+        found = list(dict.fromkeys(_allowed(rule, schema.get("$defs", {}))))
+        kinds = all(word.startswith("`kind:") for word in found)
+        allowed = (", " if kinds else " or ").join(found)
         if not field.is_required() and field.default is None:
             allowed = allowed.removesuffix(" or null")
         if name == "kind" and "const" in rule:
@@ -90,9 +98,9 @@ def _default(value: Any) -> str:
         return "see below" if value else "empty"
     if value is None:
         return "none"
-    return (
-        f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value}`" if value else "empty"
-    )
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return "empty" if value in ("", []) else f"`{value}`"
 
 
 # --- methods ---------------------------------------------------------------------------------------

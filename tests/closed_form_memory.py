@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from costbp.config.catalog import ConfigSource, LoraTraining
+from costbp.config.catalog import LoraTraining
+from costbp.config.sources import ConfigSource
 
 Step = Literal["backprop", "per_block", "forward", "forward_mode"]
 

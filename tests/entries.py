@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.families import CLASSIFIERS, family_source
 from costbp.config.catalog import LoraTraining, ModelEntry
-from costbp.models.families import CLASSIFIERS, family_source
 
 METHODS = (
     "bp_vanilla",

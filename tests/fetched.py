@@ -1,4 +1,4 @@
-"""What a study fetches, in tiny, as if it had been fetched: packages, and models and data sets of the
+"""What a study fetches, made small, as if it had been fetched: packages, and models and data sets of the
 hub, in the layouts of the real ones and with the records that ``costbp assets`` leaves."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image as Pictures
 
 from costbp.assets.fetch import RECORD, WANTED
 from costbp.config.catalog import AssetEntry, HubData
-from costbp.config.study import Fetched, Plan
+from costbp.config.study import Fetchable, Plan
 from costbp.files import sha256
 from costbp.tasks import easy_vqa, trec
 from tests.fetched_models import efficientnet, minilm, repository, smollm2_gguf
@@ -55,7 +55,7 @@ def build(plan: Plan) -> None:
         record(folder, what)
 
 
-def record(folder: Path, what: Fetched) -> None:
+def record(folder: Path, what: Fetchable) -> None:
     """What fetching notes down of an asset."""
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     facts: Row

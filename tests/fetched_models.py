@@ -3,6 +3,7 @@ tensors, the same dtypes, the same keys of ``config.json``; random weights, byte
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,22 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from costbp.config.catalog import ModelEntry
-from costbp.models.full_size import transformers_config
-from costbp.models.fusion import VisionEncoder
+from costbp.models.architecture import transformers_config
+from tests.conftest import ROOT
 from tests.test_packed_formats import gptq_tensors
 
 State = dict[str, torch.Tensor]
+
+
+def fusion() -> Any:
+    """The catalog's file of that name as a module."""
+    path = ROOT / "config/parts/fusion.py"
+    found = importlib.util.spec_from_file_location("fusion", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
 GROUP = 16  # of packed weights
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'\"()[]<>=+-*/_$%&#`"
 WORD_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS)]
@@ -311,10 +323,8 @@ def minilm(folder: Path) -> None:
 
 def efficientnet(folder: Path) -> None:
     """At its real size, for it has no other; and the classifier's tensors, which are not read."""
-    encoder = VisionEncoder.__new__(VisionEncoder)
     torch.manual_seed(0)
-    encoder._build()
-    state = encoder.state_dict() | {"_fc.weight": torch.zeros(10, 1280), "_fc.bias": torch.zeros(10)}  # fmt: skip
+    state = fusion().VisionEncoder().state_dict() | {"_fc.weight": torch.zeros(10, 1280), "_fc.bias": torch.zeros(10)}  # fmt: skip
     torch.save(state, folder / "efficientnet-lite0.pth")
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from costbp.models.families import family_batch, family_objective
+from benchmarks.families import family_batch, family_objective
 from costbp.objective import Batch, Objective
 from tests.conftest import Lift64
 
@@ -19,7 +19,9 @@ def in_dtype(objective: Objective, data: Batch, dtype: torch.dtype) -> tuple[Obj
     return Objective(objective.module.to(dtype), objective.loss), moved
 
 
-def tiny(family: str, dtype: torch.dtype = torch.float64, **options) -> tuple[Objective, Batch]:
+def small_model(
+    family: str, dtype: torch.dtype = torch.float64, **options
+) -> tuple[Objective, Batch]:
     """A two-block model of a family and a batch of 2 x 8 tokens."""
     data = family_batch(family, 2, 8, SIZE["vocabulary"])
     return in_dtype(family_objective(family, **SIZE | options), data, dtype)

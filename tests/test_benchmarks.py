@@ -11,8 +11,8 @@ from benchmarks.__main__ import app
 from benchmarks.bench import QUICK, Bench
 from benchmarks.closed_form import products
 from benchmarks.entries import ENTRIES
+from benchmarks.families import FAMILIES
 from benchmarks.rows import Check, Cost
-from costbp.models.families import FAMILIES
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,16 @@ from safetensors.torch import save_file
 
 from costbp.cli import app
 from costbp.config import Cell, MethodEntry, load_plan
-from costbp.config.load import task_modules
-from costbp.data.prepare import _packed
+from costbp.data.pairs import Pair, check_pairs
+from costbp.data.prepare import _packed, prepare
 from costbp.data.splits import SPLITS
 from costbp.errors import UserError
-from costbp.models.build import Head
+from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
+from costbp.models.modules import Head
 from costbp.objective import Key, Objective
 from costbp.tasks import docstrings
-from costbp.tasks.base import Example
+from costbp.tasks.base import Example, load_task
 from costbp.theory.variance import relative_error
 from costbp.train.record import read_record
 from tests.conftest import ROOT
@@ -149,7 +150,7 @@ def test_a_missing_file_is_one_line(example, costbp):
     ("function", "words"),
     [
         ("bild", "has no function 'bild'"),
-        ("list", "list() must return a costbp Estimator, not list"),
+        ("list", "list() must return a costbp.estimators.Estimator, not list"),
     ],
 )
 def test_a_function_that_builds_no_estimator_is_one_line(example, function, words):
@@ -160,32 +161,101 @@ def test_a_function_that_builds_no_estimator_is_one_line(example, function, word
     assert "\n" not in str(caught.value)
 
 
-# --- adding a task -----------------------------------------------------------------------------
+# --- adding a model and a task -----------------------------------------------------------------
+
+BAG, SMS = Path("my_models/word_bag.py"), Path("my_tasks/sms_spam.py")
+OWN = Path("config/studies/own.yaml")
 
 
-def test_the_pages_task_is_valid_and_reads_its_file(workdir, monkeypatch):
-    page = re.sub(
-        r"^   ", "", (DOCS / "add-an-entry.md").read_text(), flags=re.M
-    )  # out of its list
-    code = dict(BLOCK.findall(page))
-    (path,) = [name for name in code if name.startswith("costbp/tasks/")]
-    namespace: dict = {}
-    exec(compile(code[path], path, "exec"), namespace)
-    task = namespace["TASK"]
-    (workdir / "sms_spam.csv").write_text("spam,text\n0,see you  at six\n1,WIN now\n")
-    found = [task.example(row) for _, row in task.rows(workdir)]
-    assert [(e.text, e.answer) for e in found] == [("see you at six", "ham"), ("WIN now", "spam")]
-    entry = code["config/catalog/tasks.yaml"]
-    with Path("config/catalog/tasks.yaml").open("a") as stream:
-        stream.write("\n" + entry)
-    with pytest.raises(UserError, match="loader = 'sms_spam' is not a module of costbp/tasks"):
-        load_plan()
-    monkeypatch.setattr("costbp.config.load.find_spec", lambda name: True)
-    monkeypatch.setattr("costbp.config.load.task_modules", lambda: ["sms_spam", "trec", *MODULES])
-    assert load_plan().catalog.tasks["sms_spam"].batch_size == 16
+@pytest.fixture
+def own(workdir):
+    """A working copy with the page's model, task and their entries, and a study of them."""
+    page = re.sub(r"^   ", "", (DOCS / "add-an-entry.md").read_text(), flags=re.M)
+    for path, text in dict(BLOCK.findall(page)).items():  # of a catalog's file the last entry
+        Path(path).parent.mkdir(exist_ok=True)
+        if path in (str(BAG), str(SMS), "config/catalog/models.yaml", "config/catalog/tasks.yaml"):
+            with Path(path).open("a") as stream:
+                stream.write("\n" + text)
+    folder = Path("cache/assets/nlp_data")
+    folder.mkdir(parents=True)
+    rows = [f"{i % 2},{('see you', 'WIN now')[i % 2]}  at {i}" for i in range(60)]
+    (folder / "sms_spam.csv").write_text("\n".join(["spam,text", *rows]))
+    block = {"models": ["word_bag"], "tasks": ["sms_spam"], "methods": ["bp_vanilla"], "budgets": ["five"]}  # fmt: skip
+    entries = {
+        "tasks": {"sms_spam": {"validation": 8, "test": 8, "batch_size": 4}},
+        "methods": {"bp_vanilla": {"optimizer": {"lr": 0.1}}},
+        "budgets": {"five": {"label": "five", "steps": 5}},
+    }
+    OWN.write_text(json.dumps({"study": "own", "experiments": [block], "entries": entries}))
+    return workdir
 
 
-MODULES = task_modules()
+def own_spec():
+    plan = load_plan([OWN])
+    return plan, plan.spec(next(plan.cells()), 0)
+
+
+def test_a_model_and_a_task_of_ones_own_train(own):
+    app(["train", "-c", str(OWN), *(f"--{k}={v}" for k, v in zip(
+        ("model", "task", "method", "budget"), ("word_bag", "sms_spam", "bp_vanilla", "five"),
+        strict=True)), "--seed", "0"], standalone_mode=False)  # fmt: skip
+    plan, spec = own_spec()
+    record = read_record(spec.folder(plan.study.paths.store))
+    assert record.outcome == "completed"
+    assert record.summary.d == 512 * 32 + 2 * 32 + 2
+    assert record.summary.test_accuracy == 1  # "win" is spam
+    assert load_task(spec.task.loader).names == ("ham", "spam")
+
+
+def test_changed_files_of_a_model_and_a_task_are_other_runs(own):
+    plan, spec = own_spec()
+    seen = {spec.hash}
+    prepared = plan.prepared("word_bag", "sms_spam")
+    for file, again in ((BAG, False), (SMS, True)):
+        file.write_text(file.read_text() + "# another line\n")
+        plan, other = own_spec()
+        seen.add(other.hash)
+        assert (plan.prepared("word_bag", "sms_spam") != prepared) is again
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "change", "words"),
+    [
+        ("models", "source: {function: bild}", "", f"{BAG}: has no function 'bild'"),
+        ("models", "source: {options: {heads: 3}}", "", f"{BAG}: build() got an unexpected keyword"),
+        ("models", "", "build = lambda **_: 3", "build() must return a torch.nn.modules.Module, not int"),
+        ("models", "", "build = lambda **_: nn.ReLU()", "returns a module with nothing to train"),
+        ("models", "source: {assets: [minilm]}", "", "model asset 'minilm' is not in"),
+        ("models", "source: {images: true}", "", "model 'word_bag' needs images, and task"),
+        ("models", "source: {file: none.py}", "", "source.file = 'none.py': there is no file"),
+        ("models", "source: {basis: 3}", "", "unknown key 'models.word_bag.source.basis'"),
+        ("tasks", "loader: none.py", "", "sms_spam.loader.file = 'none.py': there is no file none.py"),
+        ("tasks", "loader: {kind: python, fil: x}", "", "unknown key 'tasks.sms_spam.loader.fil'"),
+        ("tasks", "loader: sms_spam", "", "loader = 'sms_spam' is not a module of costbp/tasks"),
+        ("tasks", "", "TASK = 3", f"{SMS}: has no function 'TASK'"),
+        ("tasks", "", "def (", f"{SMS}: can't be run (SyntaxError: "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_ones_own_files_is_one_line(own, kind, entry, change, words):
+    name, file = {"models": ("word_bag", BAG), "tasks": ("sms_spam", SMS)}[kind]
+    if kind == "models" and "kind" not in entry and "source" in entry:
+        entry = entry.replace("{", "{kind: python, ", 1)
+    over = Path("over.yaml")
+    over.write_text(f"entries: {{{kind}: {{{name}: {{{entry}}}}}}}")
+    file.write_text(f"{file.read_text()}\n{change}\n")
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        plan = check_pairs(load_plan([OWN, over]))
+        build_model(plan.catalog.models["word_bag"], 2, Path("cache/assets"), 0, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_a_tasks_file_names_the_row(own):
+    SMS.write_text(SMS.read_text().replace('row["text"]', 'row["txt"]'))
+    plan = load_plan([OWN])
+    with pytest.raises(UserError, match=r"task 'sms_spam', row 1: KeyError 'txt'") as caught:
+        prepare(Pair.of(plan, "word_bag", "sms_spam"))
+    assert "\n" not in str(caught.value)
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -207,7 +277,8 @@ def test_every_class_of_the_catalog_is_documented(monkeypatch):
     import tables
 
     shown = set(re.findall(r"<!-- table: (\w+) -->", (DOCS / "config.md").read_text()))
-    hidden = {"Strict", "Drawn", "Repository", "PythonFile", "Plan", "RunSpec", "Catalog"}
+    hidden = {"Strict", "Drawn", "Mapped", "Repository", "PythonFile", "Plan", "RunSpec", "Catalog"}
+    hidden |= {"HeadTraining", "FullTraining", "_Claim"}  # without keys of their own
     assert set(tables.config_classes()) - hidden - shown == set()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.families import FAMILIES
 from costbp.errors import UserError
 from costbp.estimators import forward_mode
 from costbp.estimators.backprop import Backprop
@@ -15,11 +16,10 @@ from costbp.estimators.memory_plans import PLANS, ByteBudget, blocks
 from costbp.estimators.oracles import Central, Exact, OneSided
 from costbp.estimators.projected import Projected
 from costbp.meter import Meter
-from costbp.models.families import FAMILIES
 from costbp.models.loss import cross_entropy
 from costbp.objective import Key, Objective
 from tests.conftest import Lift64
-from tests.small import in_dtype, reference, tiny
+from tests.small import in_dtype, reference, small_model
 
 KEY = Key(7, 3)
 DIFFERENCES = {
@@ -42,7 +42,7 @@ def distance(found, wanted):
 @families
 @pytest.mark.parametrize("train", ["lora", "head", "full"])
 def test_exact_derivatives_equal_reverse_mode(family, train):
-    objective, data = tiny(family, train=train)
+    objective, data = small_model(family, train=train)
     loss, gradient = reference(objective, data)
     for count, chunk in ((1, None), (3, None), (3, 2)):
         directions = Gaussian().draw(objective, KEY, count)
@@ -55,7 +55,7 @@ def test_exact_derivatives_equal_reverse_mode(family, train):
 
 @families
 def test_differences_are_near_reverse_mode_looped_and_batched(family):
-    objective, data = tiny(family)
+    objective, data = small_model(family)
     loss, gradient = reference(objective, data)
     directions = Gaussian().draw(objective, KEY, 3)
     found = {}
@@ -73,7 +73,7 @@ def test_differences_are_near_reverse_mode_looped_and_batched(family):
 @families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_oracle_changes_a_bit_of_the_model(family, dtype):
-    objective, data = tiny(family, dtype)
+    objective, data = small_model(family, dtype)
     before = {name: value.clone() for name, value in objective.module.state_dict().items()}
     theta = objective.theta.clone()
     directions = Gaussian().draw(objective, KEY, 2)
@@ -87,7 +87,7 @@ def test_no_oracle_changes_a_bit_of_the_model(family, dtype):
 
 @families
 def test_bfloat16_forward_mode_is_near_float32(family):
-    objective, data = tiny(family, torch.bfloat16)
+    objective, data = small_model(family, torch.bfloat16)
     directions = Gaussian().draw(objective, KEY, 4)
     _, rough = Exact()(objective, data, directions)
     precise, data = in_dtype(objective, data, torch.float64)
@@ -99,7 +99,7 @@ def test_bfloat16_forward_mode_is_near_float32(family):
 @families
 def test_fused_attention_runs_unfused_and_says_so_once(family, capsys):
     forward_mode._notice_fused_attention.cache_clear()
-    objective, data = tiny(family, attention="sdpa")
+    objective, data = small_model(family, attention="sdpa")
     _, gradient = reference(objective, data)
     for count in (1, 2):
         directions = Gaussian().draw(objective, KEY, count)
@@ -114,7 +114,7 @@ def test_fused_attention_runs_unfused_and_says_so_once(family, capsys):
 
 @families
 def test_one_dropout_mask_serves_an_estimate(family):
-    objective, data = tiny(family, dropout=0.3)
+    objective, data = small_model(family, dropout=0.3)
     with objective.noise(KEY):
         loss, gradient = reference(objective, data)
         directions = Gaussian().draw(objective, KEY, 3)
@@ -131,12 +131,12 @@ def test_one_dropout_mask_serves_an_estimate(family):
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_dropout_by_a_rate_of_the_module_s_own_is_shared_too(family):
     """Their blocks hand a float to the functional form; no ``nn.Dropout`` is there to be seen."""
-    module = tiny(family)[0].module
+    module = small_model(family)[0].module
     for part in module.modules():
         for name in ("dropout", "attention_dropout"):
             if isinstance(vars(part).get(name), float):
                 setattr(part, name, 0.3)
-    objective, data = Objective(module, cross_entropy), tiny(family)[1]
+    objective, data = Objective(module, cross_entropy), small_model(family)[1]
     with objective.noise(KEY):
         loss, again = (reference(objective, data)[0] for _ in range(2))
     with objective.noise(KEY.at(1)):
@@ -159,7 +159,7 @@ def estimated(plan, objective, data):
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"train": "full"}], ids=str)
 def test_memory_plans_change_no_bit_and_save_memory(family, options):
     for layers in (4, 3) if family == "qwen2_vl" else (4,):
-        objective, data = tiny(family, torch.float32, layers=layers, **options)
+        objective, data = small_model(family, torch.float32, layers=layers, **options)
         plain, flops, peak, nothing = estimated(PLANS["none"], objective, data)
         for name in ("per_block", "selective", "offload"):
             gradient, spent, needed, left = estimated(PLANS[name], objective, data)
@@ -174,7 +174,7 @@ def test_memory_plans_change_no_bit_and_save_memory(family, options):
 
 @families
 def test_a_byte_budget_is_kept_and_used(family):
-    objective, data = tiny(family, torch.float32, layers=4)
+    objective, data = small_model(family, torch.float32, layers=4)
     plain, flops, peak, _ = estimated(PLANS["none"], objective, data)
     least = ByteBudget._peak(objective, data, blocks(objective.module))
     assert least < peak
@@ -189,7 +189,7 @@ def test_a_byte_budget_is_kept_and_used(family):
 
 @families
 def test_an_impossible_byte_budget_names_the_need(family):
-    objective, data = tiny(family, torch.float32)
+    objective, data = small_model(family, torch.float32)
     least = ByteBudget._peak(objective, data, blocks(objective.module)) / 2**20
     with pytest.raises(UserError, match=rf"needs {least:.1f} MiB") as caught:
         Backprop(ByteBudget(0.001)).estimate(objective, [data], KEY)
@@ -200,7 +200,7 @@ def test_an_impossible_byte_budget_names_the_need(family):
 @families
 @pytest.mark.parametrize("plan", [*PLANS.values(), ByteBudget(64)], ids=[*PLANS, "byte_budget"])
 def test_forwards_are_restored_even_after_an_exception(family, plan):
-    objective, data = tiny(family, torch.float32, layers=4)
+    objective, data = small_model(family, torch.float32, layers=4)
     found = blocks(objective.module)
     with pytest.raises(ZeroDivisionError), plan(objective, data):
         objective.value(data)
@@ -217,7 +217,7 @@ def test_forwards_are_restored_even_after_an_exception(family, plan):
 
 @families
 def test_no_graph_is_left_behind(family):
-    objective, data = tiny(family, torch.float32)
+    objective, data = small_model(family, torch.float32)
     oracles = [Exact(), Central(1e-3, "never"), Central(1e-3, "always"), OneSided(1e-3, "never")]
     estimators = [Backprop(plan) for plan in PLANS.values()]
     estimators += [Projected(oracle, Gaussian(), 2) for oracle in oracles]

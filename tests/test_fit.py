@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
+from benchmarks.families import family_source
 from costbp.cost.bench import Bench, entry_from_config
 from costbp.cost.fit import Fitting, cheapest_plan, largest, models_that_fit
 from costbp.cost.products import products, shares
 from costbp.errors import UserError
-from costbp.models.families import family_source
-from costbp.models.full_size import transformers_config
+from costbp.models.architecture import transformers_config
 from tests.entries import lora, small
 
 

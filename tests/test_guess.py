@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.families import FAMILIES
 from costbp.estimators.guess import LocalGuess
 from costbp.estimators.memory_plans import blocks
 from costbp.estimators.oracles import Exact
-from costbp.models.build import Head
-from costbp.models.families import FAMILIES
+from costbp.models.modules import Head
 from costbp.objective import Key, Objective
 from tests.conftest import Lift64
-from tests.small import class_loss, examples, network, reference, tiny
+from tests.small import class_loss, examples, network, reference, small_model
 
 KEY = Key(7, 3)
 
@@ -93,7 +93,7 @@ def test_a_model_of_one_block_gets_its_gradient(module):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_an_architecture_it_is_a_projection_exact_for_last_block_and_head(family):
-    objective, data = tiny(family)
+    objective, data = small_model(family)
     before = objective.theta.clone()
     _, gradient = reference(objective, data)
     with Lift64():
@@ -113,7 +113,7 @@ def test_on_an_architecture_it_is_a_projection_exact_for_last_block_and_head(fam
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_head_alone_gets_its_gradient(family):
-    objective, data = tiny(family, train="head")
+    objective, data = small_model(family, train="head")
     _, gradient = reference(objective, data)
     with Lift64():
         estimate = LocalGuess(Exact()).estimate(objective, [data], KEY).gradient

@@ -85,18 +85,6 @@ def test_modules_import_each_other_in_no_circle():
     TopologicalSorter(graph).prepare()  # raises where there is one
 
 
-def test_no_function_hides_a_heavy_circle():
-    """Imports inside functions serve the start of a process: in rooms that a command imports first."""
-    allowed = ("cli", "config", "tracking", "__init__")
-    found = [
-        f"{name}: {other}"
-        for name, path in modules().items()
-        for other, at_once in imports(path)
-        if not at_once and room(name) not in allowed and room(other) == room(name)
-    ]
-    assert found == []
-
-
 def test_files_are_short_and_the_package_is_small():
     lines = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
     assert {name: count for name, count in lines.items() if count > LONGEST} == {}

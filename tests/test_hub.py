@@ -126,9 +126,13 @@ def test_weights_are_safetensors_or_else_state_dicts():
         "vocab.txt",
         "x/y.json",
     ]
-    assert hub.wanted_files(names) == ["config.json", "pytorch_model-00001-of-2.bin", "vocab.txt"]
+    assert hub.wanted_files(names, "a/b") == [
+        "config.json",
+        "pytorch_model-00001-of-2.bin",
+        "vocab.txt",
+    ]
     with pytest.raises(UserError, match="neither safetensors nor"):
-        hub.wanted_files(["config.json", "model.h5"])
+        hub.wanted_files(["config.json", "model.h5"], "a/b")
 
 
 def test_a_data_set_of_the_hub_is_saved_by_split_and_read(tmp_path, monkeypatch):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.func import functional_call, jvp
 
+from benchmarks.families import family_source
 from costbp.cli import app
+from costbp.config import load_plan
 from costbp.config.catalog import (
     AssetSource,
     ConfigSource,
@@ -23,16 +27,18 @@ from costbp.config.catalog import (
 )
 from costbp.errors import UserError
 from costbp.estimators.forward_mode import directional_derivatives
-from costbp.models.build import Classifier, build_model, mean_pool
-from costbp.models.families import family_source
-from costbp.models.full_size import sample_batch, transformers_config
-from costbp.models.fusion import Fusion, VisionEncoder
+from costbp.models.architecture import longest, sample_batch, transformers_config
+from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
+from costbp.models.modules import Classifier
 from costbp.models.trainable import trainable
-from costbp.models.weights import load_base, weights_folder
+from costbp.models.weights import configuration, load_base, weights_folder
 from costbp.objective import Objective
+from tests.conftest import ROOT
 from tests.entries import lora
+from tests.fetched_models import fusion
 
+FUSION = fusion()
 SIZES = {"hidden": 32, "layers": 2, "heads": 2, "vocabulary": 64}
 BERT = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -123,8 +129,8 @@ def test_what_each_kind_of_training_trains(tmp_path):
 def test_of_a_fusion_only_head_and_projection_may_be_trained(vision, tmp_path):
     source = RandomSource(kind="random", model_type="bert", config=BERT)
     base = load_base(ModelEntry(label="x", source=source, train=lora("bert")), tmp_path)
-    model = trainable(base, "fusion", HeadTraining(kind="head"))
-    module = Classifier(Fusion(model, vision, mean_pool), 3)
+    model = trainable(base, "encoder", HeadTraining(kind="head"))
+    module = Classifier(FUSION.Fusion(model, vision), 3)
     trained = {name.split(".")[-2] for name, p in module.named_parameters() if p.requires_grad}
     assert trained == {"projection", "classifier"}
 
@@ -205,39 +211,23 @@ def test_folders_that_hold_no_model_are_one_line(make, words, tmp_path):
 
 
 def test_a_packed_base_is_not_trained_in_full(tmp_path):
-    folder_of("llama", tmp_path / "m")
-    entry = local(tmp_path / "m", "causal", FullTraining(kind="full"), bits=4)
-    with pytest.raises(UserError, match="can't be trained in full"):
-        load_base(entry, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        {"kind": "asset", "asset": "a", "form": "fusion"},
-        {"kind": "asset", "asset": "a", "form": "encoder", "vision": "b"},
-        {"kind": "folder", "path": "a", "form": "fusion"},
-    ],
-)
-def test_a_fusion_names_its_vision_encoder(source):
-    with pytest.raises(ValueError, match="belong together"):
-        ModelEntry.model_validate({"label": "x", "source": source, "train": {"kind": "head"}})
+    with pytest.raises(ValueError, match="can't be trained in full"):
+        local(tmp_path, "causal", FullTraining(kind="full"), bits=4)
 
 
 # --- image and text ----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def vision(tmp_path) -> VisionEncoder:
+def vision(tmp_path):
     """With random weights under the published names, some of which it doesn't read."""
-    bare = object.__new__(VisionEncoder)
     torch.manual_seed(0)
+    encoder = FUSION.VisionEncoder()
     with pytest.raises(UserError, match="no weights of EfficientNet-lite0"):
-        VisionEncoder(tmp_path / "none.pth")
-    VisionEncoder._build(bare)
-    state = {**bare.state_dict(), "_fc.bias": torch.zeros(3)}
+        encoder.read(tmp_path / "none.pth")
+    state = {**encoder.state_dict(), "_fc.bias": torch.zeros(3)}
     torch.save(state, tmp_path / "v.pth")
-    return VisionEncoder(tmp_path / "v.pth")
+    return FUSION.VisionEncoder().read(tmp_path / "v.pth")
 
 
 def test_the_vision_encoder_is_frozen_and_gives_a_vector_a_cell(vision):
@@ -252,7 +242,7 @@ def test_the_vision_encoder_is_frozen_and_gives_a_vector_a_cell(vision):
 def test_forward_mode_through_image_and_text_equals_reverse_mode(vision, tmp_path):
     source = RandomSource(kind="random", model_type="bert", config=BERT)
     base = load_base(ModelEntry(label="x", source=source, train=lora("bert")), tmp_path)
-    module = Classifier(Fusion(trainable(base, "fusion", lora("bert")), vision, mean_pool), 3)
+    module = Classifier(FUSION.Fusion(trainable(base, "encoder", lora("bert")), vision), 3)
     objective = Objective(module.train(), cross_entropy)
     with torch.no_grad():
         objective.theta.add_(torch.randn(objective.d) / 5)
@@ -272,22 +262,18 @@ def test_forward_mode_through_image_and_text_equals_reverse_mode(vision, tmp_pat
     assert float(stock) == pytest.approx(float(gradient.sum()), rel=1e-3)
     assert any("projection" in name for name in objective.slices)
     other = data | {"pixel_values": 255 - data["pixel_values"]}
-    assert float(objective.value(other)) != float(objective.value(data))
+    module.double()  # what random weights make of an image is small
+    with torch.no_grad():
+        one, two = (float(cross_entropy(module(batch), batch)) for batch in (data, other))
+    assert one != two
 
 
 def test_cells_and_question_fit_the_positions(workdir):
-    from costbp.config import load_plan
-    from costbp.models.weights import positions
-
-    plan = load_plan()
-    entry = plan.catalog.models["fusion_lora"]
-    assert isinstance(entry.source, AssetSource)
-    folder = Path("cache/assets/minilm")
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"max_position_embeddings": 512}')
-    assert positions(entry, Path("cache/assets")) == 512 - (128 // 32) ** 2
-    assert positions(plan.catalog.models["roberta_base"], Path()) == 512
-    assert positions(plan.catalog.models["tiny_seer"], Path()) == 512
+    models = load_plan().catalog.models
+    source = models["fusion_lora"].source
+    assert source.image_positions == (source.image_side // 32) ** 2
+    assert longest(configuration(models["roberta_base"], Path())) == 512
+    assert longest(configuration(models["tiny_seer"], Path())) == 512
 
 
 def test_doctor_lists_what_is_missing(workdir, capsys, monkeypatch):
@@ -300,3 +286,17 @@ def test_doctor_lists_what_is_missing(workdir, capsys, monkeypatch):
     assert caught.value.code == 1
     assert "package gguf" in out and "pip install gguf sentencepiece" in out
     assert "smollm2" in out and "89 MiB" in out and "to download" in out
+
+
+def test_a_head_on_cached_features_needs_no_large_library():
+    program = """
+import sys
+import costbp.train.experiment
+from pathlib import Path
+from costbp.config import load_plan
+from costbp.models.build import build_model
+build_model(load_plan().catalog.models["tiny_head"], 4, Path(), 0, 64)
+print({"transformers", "peft", "datasets", "tokenizers", "PIL", "pandas"} & {*sys.modules})
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from costbp.config import load_plan
 from costbp.config.shares import Shares
-from costbp.cost.step import CostCounter
+from costbp.cost.step import CostCounter, measure_step
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.memory_plans import PLANS, blocks
@@ -19,8 +19,9 @@ from costbp.estimators.oracles import Central
 from costbp.estimators.projected import Projected
 from costbp.estimators.variance import Accumulate
 from costbp.meter import Meter
-from costbp.models.build import Head, build_model
+from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
+from costbp.models.modules import Head
 from costbp.objective import Key, Objective
 from tests.conftest import ROOT
 
@@ -231,3 +232,24 @@ def test_peak_memory_ignores_what_was_there():
     with Meter([weight]) as memory:
         weight.view(10, 100).t()
     assert memory.peak == 0
+
+
+@pytest.mark.parametrize("name", ["bp_vanilla", "fmad_svrg", "zo_adaptive"])
+def test_time_is_the_mean_over_the_cycle_as_flops_are(name, monkeypatch):
+    """A clock that shows FLOPs: then a step's time in forwards is its forward units."""
+    monkeypatch.chdir(ROOT)
+    method = load_plan().catalog.methods[name]
+    objective = Objective(Head(32, 5), cross_entropy)
+    data = {"features": torch.randn(8, 32), "labels": torch.zeros(8, dtype=torch.long)}
+
+    def flops(run, device):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return float(counter.get_total_flops())
+
+    monkeypatch.setattr("costbp.cost.step.median_seconds", flops)
+    optimizer = method.optimizer.build(objective.theta)
+    cost = measure_step(objective, method.build(), optimizer, data, timed=True)
+    assert cost.seconds / cost.forward_seconds == pytest.approx(cost.forward_units)
+    assert cost.forward_units == pytest.approx(method.closed_form(Shares(tensors=2)))
+    assert cost.peak_bytes > 0 and cost.state_bytes >= 2 * objective.theta.nbytes

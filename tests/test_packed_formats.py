@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.families import family_batch, family_source
 from costbp.config.catalog import FolderSource, ModelEntry
 from costbp.errors import UserError
 from costbp.estimators.forward_mode import directional_derivatives
+from costbp.models.architecture import transformers_config
 from costbp.models.build import build_model
-from costbp.models.families import family_batch, family_source
-from costbp.models.full_size import transformers_config
 from costbp.models.loss import cross_entropy
-from costbp.models.packed_formats import GptqLinear, Nf4Linear
-from costbp.models.quantised import PackedLinear
+from costbp.models.packed import GptqLinear, Nf4Linear, PackedLinear
 from costbp.models.weights import load_base
 from costbp.objective import Objective
 from tests.entries import lora

@@ -17,16 +17,16 @@ import transformers
 from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 
+from benchmarks.families import family_source
 from costbp.config import load_plan
 from costbp.config.catalog import FolderSource, HeadTraining, LocalData, ModelEntry, TaskEntry
+from costbp.data.pairs import Pair
 from costbp.data.prepare import prepare
 from costbp.errors import UserError
-from costbp.models import packed_formats, quantised
+from costbp.models import packed
+from costbp.models.architecture import transformers_config
 from costbp.models.build import build_model
-from costbp.models.families import family_source
-from costbp.models.full_size import transformers_config
-from costbp.models.packed_formats import Nf4Linear
-from costbp.models.quantised import PackedLinear, QuantisedLinear, replace_packed
+from costbp.models.packed import Nf4Linear, PackedLinear, QuantisedLinear, replace_packed
 from costbp.models.trainable import HEADS
 from costbp.models.weights import CLASSES, load_base
 from tests.entries import lora
@@ -185,9 +185,9 @@ def test_packing_holds_a_few_weights_in_full_at_a_time(tmp_path, monkeypatch):
             peaks.append(live() - before)
         return quantise(weight, group)
 
-    quantise = quantised.quantise
+    quantise = packed.quantise
     before = live()
-    monkeypatch.setattr(quantised, "quantise", watched)
+    monkeypatch.setattr(packed, "quantise", watched)
     base = load_base(entry(folder, "causal", dtype="float32"), tmp_path)
     parts = state(base).values()
     linear = 4 * sum(
@@ -237,7 +237,7 @@ def test_preparing_packs_the_weights(workdir, capsys):
         label="x", loader="agnews", data=LocalData(path="rows.jsonl"), batch_size=4,
         max_length=16, validation=8, test=8,
     )  # fmt: skip
-    prepare(plan, "m", "news")
+    prepare(Pair.of(plan, "m", "news"))
     assert "m: packing the weights into four bits, once" in capsys.readouterr().err
     assets = plan.study.paths.cache / "assets"
     assert len(caches(assets)) == 1
@@ -245,7 +245,7 @@ def test_preparing_packs_the_weights(workdir, capsys):
     build_model(plan.catalog.models["m"], 4, assets, 0, 0)
     assert capsys.readouterr().err == "" and plan.prepared("m", "news") == key
     shutil.rmtree(assets / "packed")
-    prepare(plan, "m", "news")  # though the splits are there
+    prepare(Pair.of(plan, "m", "news"))  # though the splits are there
     assert len(caches(assets)) == 1
 
 
@@ -256,7 +256,7 @@ def test_random_weights_are_packed_without_a_store(tmp_path):
     source = RandomSource(kind="random", model_type="llama", form="causal", bits=4, group=GROUP,
         config={k: v for k, v in config.items() if k != "model_type"})  # fmt: skip
     base = load_base(ModelEntry(label="r", source=source, train=lora("llama")), tmp_path)
-    assert sum(isinstance(layer, packed_formats.QuantisedLinear) for layer in base.modules()) == 14
+    assert sum(isinstance(layer, packed.QuantisedLinear) for layer in base.modules()) == 14
     assert not list(tmp_path.iterdir())
     wrong = source.model_copy(update={"packing": "gptq"})
     with pytest.raises(UserError, match="reads a checkpoint that GPTQ made"):

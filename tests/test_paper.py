@@ -1,10 +1,10 @@
-"""The whole study in tiny: nine models, seven tasks and fifteen methods, from the hub to the page."""
+"""The whole study made small: nine models, seven tasks and fifteen methods, from the hub to the page."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.tiny_studies import ONE_STEP, check_report, lay_over, run_jobs, shortened
+from tests.small_studies import ONE_STEP, check_report, lay_over, run_jobs, shortened
 
 
 @pytest.mark.timeout(900)  # 375 runs

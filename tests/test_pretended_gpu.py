@@ -27,18 +27,20 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.families import FAMILIES, family_batch, family_objective
 from costbp import device as measured
 from costbp.config import Cell, load_plan
 from costbp.config.load import overlaid
+from costbp.data import encoded
+from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.errors import UserError
 from costbp.estimators import Estimate, calibrated, directions, memory_plans
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.memory_plans import PLANS
 from costbp.models.build import build_model
-from costbp.models.families import FAMILIES, family_batch, family_objective
 from costbp.objective import Batch, Key, Objective
-from costbp.tasks import docstrings, encoded
+from costbp.tasks import docstrings
 from costbp.train import experiment
 from costbp.train.loop import Run
 from costbp.train.record import STEPS
@@ -166,7 +168,7 @@ def plan(tmp_path_factory):
         models["tiny_packed"] = overlaid(models["tiny_decoder"], packed, "test")
         plan.catalog.methods.update(methods())
         for pair in KINDS.values():
-            prepare(plan, *pair)
+            prepare(Pair.of(plan, *pair))
         gc.freeze()  # each run looks for garbage, and what was imported is none
         yield plan
 
@@ -208,7 +210,10 @@ def test_whole_runs_are_those_of_the_cpu(plan, kind):
 
 
 def run_of(plan, kind, method, steps) -> Run:
-    spec, data = spec_of(plan, kind, method, steps), load_prepared(prepare(plan, *KINDS[kind]))
+    spec, data = (
+        spec_of(plan, kind, method, steps),
+        load_prepared(prepare(Pair.of(plan, *KINDS[kind]))),
+    )
     module = build_model(spec.model, len(data.names), Path("none"), 0, data.width, GPU)
     return Run(spec, module, data, GPU)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
+from benchmarks.families import FAMILIES, family_batch, family_objective, family_source
 from costbp.config.catalog import LoraTraining
 from costbp.config.load import load_plan
 from costbp.config.methods import LEAST_RATE
@@ -18,9 +19,8 @@ from costbp.estimators.oracles import Central, Exact, OneSided, _moving, _one, l
 from costbp.estimators.precision import float32_products
 from costbp.estimators.probe import GOOD, settle
 from costbp.estimators.projected import Projected
-from costbp.models.families import FAMILIES, family_batch, family_objective, family_source
-from costbp.models.full_size import build_full_size
-from costbp.models.quantised import PackedLinear
+from costbp.models.build import build_from_config
+from costbp.models.packed import PackedLinear
 from costbp.objective import Key, Objective
 from costbp.train.record import NOISE
 from tests.conftest import ROOT
@@ -167,7 +167,7 @@ def test_float32_products_reach_into_packed_layers():
         update={"bits": 4, "group": 16, "dtype": "bfloat16"}
     )
     train = LoraTraining(kind="lora", rank=2, alpha=1, targets=["q_proj", "v_proj"])
-    objective = build_full_size(source, train)
+    objective = build_from_config(source, train)
     packed = [m for m in objective.module.modules() if isinstance(m, PackedLinear)]
     seen = []
     for layer in packed:

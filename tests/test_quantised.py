@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import vmap
 
+from benchmarks.families import family_source
 from costbp.config.load import overlaid
 from costbp.cost.bench import Bench
 from costbp.estimators.forward_mode import directional_derivatives
-from costbp.models.families import family_source
-from costbp.models.full_size import build_full_size, sample_batch, transformers_config
-from costbp.models.quantised import QuantisedLinear, dequantise
+from costbp.models.architecture import sample_batch, transformers_config
+from costbp.models.build import build_from_config
+from costbp.models.packed import QuantisedLinear, dequantise
 from tests.entries import METHODS, lora, small
 
 
@@ -53,7 +54,7 @@ def test_a_packed_layer_is_its_unpacked_weight_in_every_mode(layers):
 def test_forward_mode_on_a_packed_base_is_right():
     source = family_source("llama", hidden=32, heads=2, vocabulary=64)
     source = source.model_copy(update={"bits": 4, "group": 16})
-    objective = build_full_size(source, lora("llama"), adapters_at_zero=False)
+    objective = build_from_config(source, lora("llama"), adapters_at_zero=False)
     data = sample_batch(transformers_config(source.config), source.form, 2, 8)
     assert any(isinstance(m, QuantisedLinear) for m in objective.module.modules())
     z = torch.randn(3, objective.d)
@@ -71,7 +72,7 @@ def test_a_chunked_loss_is_the_same_function(family):
     for chunk in (None, 5):
         torch.manual_seed(0)
         source = source.model_copy(update={"loss_chunk": chunk})
-        objective = build_full_size(source, lora(family), adapters_at_zero=False)
+        objective = build_from_config(source, lora(family), adapters_at_zero=False)
         loss, gradient = objective.gradient(data)
         z = torch.ones(2, objective.d)
         slopes = directional_derivatives(objective, data, z)[1]

@@ -19,6 +19,7 @@ import torch
 from costbp.analysis.frames import Frames
 from costbp.analysis.report import differences
 from costbp.config import Cell, OptimizerSpec, load_plan
+from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.device_pool import first_free
 from costbp.errors import UserError
@@ -40,7 +41,7 @@ def prepared(tmp_path_factory):
     with contextlib.chdir(folder):
         plan = load_plan([SMOKE])
         for model in ("tiny_lora", "tiny_head"):
-            prepare(plan, model, "docstrings")
+            prepare(Pair.of(plan, model, "docstrings"))
     return folder / "cache"
 
 
@@ -51,7 +52,7 @@ def plan(workdir, prepared):
 
 
 def prepared_run(plan, spec):
-    data = load_prepared(prepare(plan, *spec.cell[:2]))
+    data = load_prepared(prepare(Pair.of(plan, *spec.cell[:2])))
     module = build_model(spec.model, len(data.names), Path("none"), spec.seed, data.width)
     return Run(spec, module, data, torch.device("cpu"))
 
@@ -168,7 +169,7 @@ def test_killed_in_the_middle_the_next_run_continues(costbp, workdir, plan, numb
     words = [f"--{k}={v}" for k, v in cell._asdict().items()]
     command = [sys.executable, "-m", "costbp", "train", "-c", str(SMOKE), *words]
     folders = [spec.folder(plan.study.paths.store) for spec in plan.specs(cell)]
-    prepare(plan, "tiny_head", "docstrings")
+    prepare(Pair.of(plan, "tiny_head", "docstrings"))
     process = subprocess.Popen(command, cwd=workdir, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not ((folders[0] / RECORD).exists() and (folders[1] / ".lock").exists()):

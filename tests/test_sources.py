@@ -9,6 +9,7 @@ import pytest
 
 from costbp.config.catalog import HubData, LocalData, TaskEntry
 from costbp.config.load import load_plan
+from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.data.sources import read_examples
 from costbp.data.splits import split
@@ -158,7 +159,7 @@ def test_a_study_replaces_a_source_and_its_content_names_the_runs(mine):
     plan = load_plan([mine])
     assert isinstance(plan.catalog.tasks["gsm8k"].data, LocalData)
     assert plan.assets() == {}
-    data = load_prepared(prepare(plan, "tiny_decoder", "gsm8k"))
+    data = load_prepared(prepare(Pair.of(plan, "tiny_decoder", "gsm8k")))
     assert data.facts["examples"] == {"train": 28, "validation": 2, "test": 3}
     (cell,) = plan.cells()
     before = plan.spec(cell, 0)

@@ -14,6 +14,7 @@ from costbp.config.load import overlaid
 from costbp.config.study import Plan
 from costbp.cost.step import Count
 from costbp.data.encode import Prompter, encode
+from costbp.data.pairs import Pair
 from costbp.data.prepare import Prepared, load_prepared, prepare
 from costbp.models.build import build_model
 from costbp.models.tokenizer import Bytes
@@ -81,7 +82,9 @@ def load(plan: Plan, kind: str) -> tuple[Prepared, Cell]:
             "catalog": plan.catalog.model_copy(update={"tasks": plan.catalog.tasks | {task: entry}})
         }
     )
-    return load_prepared(prepare(smaller, model, task)), Cell(model, task, "bp_vanilla", "units_96")
+    return load_prepared(prepare(Pair.of(smaller, model, task))), Cell(
+        model, task, "bp_vanilla", "units_96"
+    )
 
 
 def run_of(plan: Plan, kind: str, method: str) -> Run:

@@ -15,7 +15,7 @@ import sys
 
 import pytest
 
-from costbp.models.families import FAMILIES
+from benchmarks.families import FAMILIES
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -26,12 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.oracles import Exact
 from costbp.objective import Key
-from tests.small import tiny
+from tests.small import small_model
 
 torch.set_num_threads(1)
 problems = {}
 for family in sys.argv[1:]:
-    objective, data = tiny(family, torch.float32)
+    objective, data = small_model(family, torch.float32)
     problems[family] = objective, data, Gaussian().draw(objective, Key(7, 3), 1)
 
 def counted(run):

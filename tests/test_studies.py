@@ -1,11 +1,11 @@
-"""Every shipped study in tiny, from what it fetches to its page; `paper`, as long as all others, is
+"""Every shipped study made small, from what it fetches to its page; `paper`, as long as all others, is
 in a file of its own."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.tiny_studies import SHIPPED, check_report, lay_over, run_jobs, shortened, snakemake
+from tests.small_studies import SHIPPED, check_report, lay_over, run_jobs, shortened, snakemake
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from costbp.config import load_plan
 from costbp.config.catalog import HubData, Partition
 from costbp.data.encoded import Split, padded
+from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.data.splits import distinct, split
 from costbp.errors import UserError
@@ -166,7 +167,7 @@ def test_batches_pad_to_multiples_of_eight_and_mask_the_padding(lengths):
     assert ids.shape[1] % 8 == 0 and ids.shape[1] - max(lengths) < 8
     assert mask.sum(1).tolist() == lengths
     assert all(torch.equal(ids[i, : len(row)], row) for i, row in enumerate(rows))
-    seen = torch.cat([b["labels"] for b in encoded.ordered(3)])
+    seen = torch.cat([encoded.batch(part)["labels"] for part in encoded.order().split(3)])
     assert sorted(seen.tolist()) == list(range(len(rows)))
 
 
@@ -202,7 +203,7 @@ def test_an_epoch_shows_every_example_once_and_epochs_differ():
 
 def test_prepared_data_round_trips_and_counts_truncation(workdir):
     plan = load_plan([Path("config/studies/smoke.yaml")])
-    path = prepare(plan, "tiny_lora", "docstrings")
+    path = prepare(Pair.of(plan, "tiny_lora", "docstrings"))
     data = load_prepared(path)
     assert data.facts["examples"]["test"] == len(data.splits["test"]) == 500
     assert data.facts["truncated"]["train"] > 0

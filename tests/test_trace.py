@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.families import CLASSIFIERS, FAMILIES, family_source
 from costbp.config.catalog import FullTraining, ModelEntry
 from costbp.config.load import overlaid
 from costbp.cost.bench import Bench
 from costbp.cost.weightless import META, MissingNumbersError, weightless
 from costbp.errors import UserError
 from costbp.meter import Meter, counted
-from costbp.models.families import CLASSIFIERS, FAMILIES, family_source
 from tests.closed_form_memory import peak_bytes
 from tests.entries import METHODS, lora, small
 

@@ -21,6 +21,7 @@ from costbp.analysis.report import write as write_page
 from costbp.analysis.tables import write as tabulate
 from costbp.config import Cell, load_plan
 from costbp.cost.pairs import traced_cost
+from costbp.data.pairs import Pair
 from costbp.data.prepare import prepare
 from costbp.estimators.projected import Projected
 from costbp.files import write_json
@@ -30,7 +31,7 @@ from costbp.train.loop import Run
 from costbp.train.record import read_record
 from costbp.train.scores import Scorer
 from tests.conftest import working_copy
-from tests.tiny_studies import lay_over, run_jobs, shortened
+from tests.small_studies import lay_over, run_jobs, shortened
 
 SMOKE = Path("config/studies/smoke.yaml")
 HEAD = Cell("tiny_head", "docstrings", "fmad_multiple", "units_400")
@@ -40,7 +41,7 @@ HEAD = Cell("tiny_head", "docstrings", "fmad_multiple", "units_400")
 def cache(tmp_path_factory):
     folder = working_copy(tmp_path_factory.mktemp("unfit"))
     with contextlib.chdir(folder):
-        prepare(load_plan([SMOKE]), "tiny_head", "docstrings")
+        prepare(Pair.of(load_plan([SMOKE]), "tiny_head", "docstrings"))
     return folder / "cache"
 
 

@@ -16,10 +16,12 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from costbp.assets.hub import from_hub
-from costbp.config.catalog import AssetEntry, HubData, Repository
-from costbp.config.study import Fetched
+from costbp.config.catalog import AssetEntry, HubData
+from costbp.config.sources import Repository
+from costbp.config.study import Fetchable
 from costbp.errors import UserError
 from costbp.files import ensure_folder, lock, sha256, write_json
 
@@ -28,12 +30,12 @@ RECORD = "asset.json"
 WANTED = {"repo", "revision", "config", "files"}  # what decides the files of a repository
 
 
-def fetch(name: str, what: Fetched, cache: Path, say: Say = print) -> Path:
+def fetch(name: str, what: Fetchable, cache: Path, say: Say = print) -> Path:
     """The folder of an asset, fetched if need be.
 
     Raises:
-        UserError: nothing to fetch it from, a checksum differs, or the disk is full, of which
-            nothing is left behind then; says what to do.
+        UserError: nothing to fetch it from, a checksum differs, or the disk is full, whereupon what
+            was written is removed; says what to do.
     """
     folder = cache / "assets" / name
     with lock(cache / "assets" / f".{name}.lock"):
@@ -58,11 +60,16 @@ def fetch(name: str, what: Fetched, cache: Path, say: Say = print) -> Path:
 
 
 def _from_package(name: str, asset: AssetEntry, cache: Path, folder: Path) -> None:
+    pattern = f"{asset.package.replace('-', '_')}-{asset.version}-*.whl"
     with tempfile.TemporaryDirectory(dir=ensure_folder(cache / "assets")) as scratch:
-        wheel = _local_wheel(asset, cache / "wheels") or _download(
-            name, asset, Path(scratch), cache
-        )
-        _check(wheel, asset)
+        at_hand = sorted((cache / "wheels").glob(pattern))
+        wheel = at_hand[0] if at_hand else _download(name, asset, Path(scratch), cache)
+        if (found := sha256(wheel)) != asset.sha256:
+            raise UserError(
+                f"{wheel}: checksum {found[:12]}... differs from {asset.sha256[:12]}... in the "
+                "catalog's assets.yaml: the file is damaged or another version; delete it and run "
+                "again"
+            )
         _unpack(name, wheel, asset, Path(scratch) / "unpacked", folder)
 
 
@@ -75,13 +82,18 @@ def _from_hub(what: Repository | HubData, folder: Path, say: Say) -> str:
         if path.is_file() and ".cache" not in path.relative_to(scratch).parts
     }
     wanted = what.model_dump(mode="json", include=WANTED)
-    write_json(scratch / RECORD, {"wanted": wanted, "commit": commit, "files": files})
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.replace(folder)
+    _put(scratch, folder, {"wanted": wanted, "commit": commit, "files": files})
     return commit
 
 
-def damage(folder: Path, what: Fetched) -> str | None:
+def _put(scratch: Path, folder: Path, record: dict[str, Any]) -> None:
+    """The files of ``scratch`` in the place of ``folder``, with their record."""
+    write_json(scratch / RECORD, record)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.replace(folder)
+
+
+def damage(folder: Path, what: Fetchable) -> str | None:
     """What is wrong with a fetched asset, or None."""
     try:
         record = json.loads((folder / RECORD).read_text())
@@ -95,7 +107,8 @@ def damage(folder: Path, what: Fetched) -> str | None:
         return "the catalog names another repository or revision"
     for member, expected in files.items():
         path = folder / member
-        if not path.is_file() or _state(path, expected) != expected:
+        by_size = isinstance(expected, int)  # what a hub's repository holds is large
+        if not path.is_file() or (path.stat().st_size if by_size else sha256(path)) != expected:
             return f"{member} is missing or has changed"
     return None
 
@@ -110,16 +123,6 @@ def commits(names: Iterable[str], cache: Path) -> dict[str, str]:
     return found
 
 
-def _state(path: Path, like: str | int) -> str | int:
-    """A file's checksum or, where sizes are recorded, its size."""
-    return path.stat().st_size if isinstance(like, int) else sha256(path)
-
-
-def _local_wheel(asset: AssetEntry, folder: Path) -> Path | None:
-    pattern = f"{asset.package.replace('-', '_')}-{asset.version}-*.whl"
-    return next(iter(sorted(folder.glob(pattern))), None)
-
-
 def _download(name: str, asset: AssetEntry, scratch: Path, cache: Path) -> Path:
     wanted = f"{asset.package}=={asset.version}"
     command = [
@@ -129,8 +132,8 @@ def _download(name: str, asset: AssetEntry, scratch: Path, cache: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(scratch.glob("*.whl"), None)
     if done.returncode or wheel is None:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        reason = lines[-1].removeprefix("ERROR: ") if lines else "no output"
+        said = ["no output", *(done.stderr or done.stdout).strip().splitlines()]
+        reason = said[-1].removeprefix("ERROR: ")
         raise UserError(
             f"asset '{name}': {wanted} could not be downloaded ({reason}). Where there is a "
             f"network, run `pip download --no-deps {wanted}` and put the wheel into "
@@ -138,15 +141,6 @@ def _download(name: str, asset: AssetEntry, scratch: Path, cache: Path) -> Path:
             f"snakemake --cores all --configfile config/studies/offline.yaml"
         )
     return wheel
-
-
-def _check(wheel: Path, asset: AssetEntry) -> None:
-    found = sha256(wheel)
-    if found != asset.sha256:
-        raise UserError(
-            f"{wheel}: checksum {found[:12]}... differs from {asset.sha256[:12]}... in the "
-            f"catalog's assets.yaml: the file is damaged or another version; delete it and run again"
-        )
 
 
 def _unpack(name: str, wheel: Path, asset: AssetEntry, scratch: Path, folder: Path) -> None:
@@ -158,10 +152,8 @@ def _unpack(name: str, wheel: Path, asset: AssetEntry, scratch: Path, folder: Pa
             with archive.open(source) as reader, path.open("wb") as writer:
                 shutil.copyfileobj(reader, writer)
             sums[target] = sha256(path)
-    facts = {"package": asset.package, "sha256": asset.sha256}
-    write_json(scratch / RECORD, {**facts, "members": asset.members, "files": sums})
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.replace(folder)
+    facts = {"package": asset.package, "sha256": asset.sha256, "members": asset.members}
+    _put(scratch, folder, {**facts, "files": sums})
 
 
 def _members(archive: zipfile.ZipFile, asset: AssetEntry, where: str) -> Iterator[tuple[str, str]]:
@@ -173,5 +165,5 @@ def _members(archive: zipfile.ZipFile, asset: AssetEntry, where: str) -> Iterato
         ]
         if not found:
             raise UserError(f"{where} has no member {source}")
-        for one in found:
-            yield one, target + one.removeprefix(source) if source.endswith("/") else target
+        for path in found:
+            yield path, target + path.removeprefix(source) if source.endswith("/") else target

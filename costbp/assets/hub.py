@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from costbp.config.catalog import HubData, Repository
-from costbp.errors import UserError
+from costbp.config.catalog import HubData
+from costbp.config.sources import Repository
+from costbp.errors import UserError, first_line
 from costbp.files import ensure_folder
 
 Say = Callable[[str], None]
 MARGIN = 2**30  # bytes that are left free
+UNREACHABLE = {
+    *("OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "ConnectError"),
+    *("ConnectTimeout", "ReadTimeout", "NetworkError", "TimeoutException", "ProxyError"),
+}
+TEXTS = (".json", ".txt", ".model", ".jinja")  # a model's configuration and tokenizer
+TABLES = (".parquet", ".json", ".jsonl", ".csv", ".arrow", ".gz", ".zip")
 
 
 def from_hub(what: Repository | HubData, scratch: Path, say: Say) -> str:
@@ -52,49 +59,28 @@ def _disk_full(error: BaseException | None) -> OSError | None:
 def explained(what: Repository | HubData, error: Exception) -> str:
     """What a failure of the hub's libraries means, in one line."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason, repo = first_line(error), what.repo
     if "GatedRepoError" in kinds:
         return (
-            f"{what.repo} is gated: accept its terms at https://huggingface.co/{what.repo}, then log "
-            "in with `hf auth login`, or set HF_TOKEN"
+            f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then log in with "
+            "`hf auth login`, or set HF_TOKEN"
         )
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         return (
-            f"the hub has no repository '{what.repo}' that you may read; was it renamed, or is a "
-            "login missing (`hf auth login`)?"
+            f"the hub has no repository '{repo}' that you may read; was it renamed, or is a login "
+            "missing (`hf auth login`)?"
         )
     if "RevisionNotFoundError" in kinds:
-        return (
-            f"{what.repo} has no revision '{what.revision}' on the hub; correct it in the catalog"
-        )
+        return f"{repo} has no revision '{what.revision}' on the hub; correct it in the catalog"
     if kinds & UNREACHABLE:
         return (
-            f"{what.repo}: the hub can't be reached ({reason}); fetch on a machine with a network, "
-            "or name a local folder in its place (docs/data.md)"
+            f"{repo}: the hub can't be reached ({reason}); fetch on a machine with a network, or "
+            "name a local folder in its place (docs/data.md)"
         )
-    return f"{what.repo}: {reason}"
+    return f"{repo}: {reason}"
 
 
-UNREACHABLE = {
-    "OfflineModeIsEnabled",
-    "LocalEntryNotFoundError",
-    "ConnectionError",
-    "ConnectError",
-    "ConnectTimeout",
-    "ReadTimeout",
-    "NetworkError",
-    "TimeoutException",
-    "ProxyError",
-}
-
-
-# --- models ----------------------------------------------------------------------------------
-
-
-TEXTS = (".json", ".txt", ".model", ".jinja")  # configuration and tokenizer
-
-
-def wanted_files(names: Sequence[str]) -> list[str]:
+def wanted_files(names: Iterable[str], repo: str) -> list[str]:
     """The files of a model's repository that are needed: safetensors or else torch's state dicts.
 
     Raises:
@@ -105,42 +91,33 @@ def wanted_files(names: Sequence[str]) -> list[str]:
         name for name in top if name.startswith("pytorch_model") and name.endswith(".bin")
     ]
     if not weights:
-        raise UserError("has neither safetensors nor pytorch_model.bin")
+        raise UserError(f"{repo} has neither safetensors nor pytorch_model.bin")
     return sorted({*weights, *(name for name in top if name.endswith(TEXTS))})
 
 
-def _info(what: Repository) -> Any:
+def _files(what: Repository) -> tuple[str, dict[str, int]]:
+    """The commit, and bytes of each file that is needed."""
     from huggingface_hub import HfApi
 
-    return HfApi().model_info(what.repo, revision=what.revision, files_metadata=True)
+    info: Any = HfApi().model_info(what.repo, revision=what.revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    return info.sha, {name: sizes[name] for name in wanted_files(sizes, what.repo)}
 
 
 def _model(what: Repository, folder: Path, say: Say) -> str:
     from huggingface_hub import snapshot_download
 
-    info = _info(what)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
-    try:
-        names = wanted_files(list(sizes))
-    except UserError as error:
-        raise UserError(f"{what.repo} {error}") from None
-    total = sum(sizes[name] for name in names)
-    free = shutil.disk_usage(folder).free
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if total - there + MARGIN > free:
+    commit, sizes = _files(what)
+    total, free = sum(sizes.values()), shutil.disk_usage(folder).free
+    fetched = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if total - fetched + MARGIN > free:
         raise UserError(
             f"{what.repo} takes {total / 2**30:.1f} GiB, and {folder.parent} has "
             f"{free / 2**30:.1f} GiB free; set paths.cache to a larger disk"
         )
     say(f"{what.repo}: {total / 2**30:.2f} GiB")
-    snapshot_download(what.repo, revision=info.sha, allow_patterns=names, local_dir=folder)
-    commit: str = info.sha
+    snapshot_download(what.repo, revision=commit, allow_patterns=list(sizes), local_dir=folder)
     return commit
-
-
-# --- data --------------------------------------------------------------------------------------
-
-TABLES = (".parquet", ".json", ".jsonl", ".csv", ".arrow", ".gz", ".zip")
 
 
 def _data(what: HubData, folder: Path) -> str:
@@ -162,15 +139,9 @@ def _data(what: HubData, folder: Path) -> str:
             "data.splits in the catalog"
         )
     kept = datasets.DatasetDict({split: found[split] for split in splits})
-    kept.save_to_disk(str(folder / "tables"))
-    for path in (folder / "tables").iterdir():
-        path.replace(folder / path.name)
-    (folder / "tables").rmdir()
+    kept.save_to_disk(str(folder))
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return commit
-
-
-# --- sizes -------------------------------------------------------------------------------------
 
 
 def size_of(what: Repository | HubData) -> int:
@@ -183,8 +154,7 @@ def size_of(what: Repository | HubData) -> int:
 
     try:
         if not isinstance(what, HubData):
-            sizes = {file.rfilename: file.size or 0 for file in _info(what).siblings}
-            return sum(sizes[name] for name in wanted_files(list(sizes)))
+            return sum(_files(what)[1].values())
         info = HfApi().dataset_info(what.repo, revision=what.revision, files_metadata=True)
         sizes = {
             f.rfilename: f.size or 0 for f in info.siblings or () if f.rfilename.endswith(TABLES)
@@ -192,7 +162,7 @@ def size_of(what: Repository | HubData) -> int:
         patterns = list(what.files.values()) or [f"{what.config}/*", f"data/{what.config}/*"]
         chosen = [n for n in sizes if any(fnmatch(n, pattern) for pattern in patterns)]
         return sum(sizes[name] for name in chosen or sizes)
-    except UserError as error:
-        raise UserError(f"{what.repo} {error}") from None
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(explained(what, error)) from error

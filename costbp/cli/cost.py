@@ -11,9 +11,10 @@ import typer
 import yaml
 
 from costbp.cli.app import Config, Frozen, Out, app, known, load
-from costbp.config.catalog import ConfigSource, ModelEntry
+from costbp.config.catalog import ModelEntry
 from costbp.config.costs import card_bytes
 from costbp.config.load import overlaid
+from costbp.config.sources import ConfigSource
 from costbp.config.study import Plan
 from costbp.console import bar, table, track
 from costbp.errors import UserError

@@ -13,8 +13,9 @@ from typing import Annotated, NamedTuple
 import typer
 
 from costbp.cli.app import Config, app, ask_hub, load
-from costbp.config.catalog import AssetEntry, AssetSource
-from costbp.config.study import Fetched, Plan
+from costbp.config.catalog import AssetEntry
+from costbp.config.sources import AssetSource
+from costbp.config.study import Fetchable, Plan
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
 
@@ -168,10 +169,10 @@ def packages(plan: Plan) -> Iterator[Finding]:
     """Libraries that only some models need."""
     needed: dict[str, str] = {}
     for name in dict.fromkeys(model for model, _ in plan.pairs()):
-        source = plan.catalog.models[name].source
+        source = plan.catalog.models[name].base
         if isinstance(source, AssetSource) and source.gguf:
             needed |= dict.fromkeys(("gguf", "sentencepiece"), "pip install gguf sentencepiece")
-        if source.bits is not None and source.packing == "nf4":
+        if source is not None and source.bits is not None and source.packing == "nf4":
             needed["bitsandbytes"] = "pip install -e '.[gpu]'"
     for package, remark in needed.items():
         installed = find_spec(package) is not None
@@ -205,7 +206,7 @@ def downloads(plan: Plan, sizes: Sizes) -> Iterator[Finding]:
             yield Finding(name, "to fetch", "size unknown" if size is None else gib(size))
 
 
-def _size(what: Fetched) -> int | None:
+def _size(what: Fetchable) -> int | None:
     if isinstance(what, AssetEntry):
         return what.size
     from costbp.assets.hub import size_of

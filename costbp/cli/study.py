@@ -66,6 +66,7 @@ def prepare(
     model: Model, task: Task, config: Config = None, plan: Frozen = None, out: Out = None
 ) -> None:
     """Encode the splits of a task for a model: token ids, or features of the frozen encoder."""
+    from costbp.data.pairs import Pair
     from costbp.data.prepare import load_prepared
     from costbp.data.prepare import prepare as encode
     from costbp.files import write_json
@@ -73,7 +74,7 @@ def prepare(
     study = load(config, plan)
     known(study, "models", model)
     known(study, "tasks", task)
-    path = encode(study, model, task)
+    path = encode(Pair.of(study, model, task))
     facts = load_prepared(path).facts
     print(f"{path}: {facts['examples']}, majority {facts['majority']['test']:.3f} (test)")
     if truncated := sum(facts["truncated"].values()):

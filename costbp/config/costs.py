@@ -30,15 +30,15 @@ class Sweep(Strict):
         description="`batch`, `seq`, a key of the model's entry (`train.rank`), or, after "
         "`method.`, of the methods' (`method.estimator.directions.count`)."
     )
-    values: tuple[int, ...] = Field(min_length=2)
+    values: tuple[int, ...] = Field(min_length=2, description="That the key takes.")
     methods: tuple[str, ...] | None = Field(None, description="Default: those of `costs`.")
 
 
 class Fits(Strict):
     """The largest batch of each method on cards of several sizes."""
 
-    models: tuple[str, ...] = Field(min_length=1)
-    methods: tuple[str, ...] = Field(min_length=1)
+    models: tuple[str, ...] = Field(min_length=1, description="Names in models.yaml.")
+    methods: tuple[str, ...] = Field(min_length=1, description="Names in methods.yaml.")
     cards: tuple[str, ...] = Field(min_length=1, description="Memories, as 24GB.")
 
     @field_validator("cards")
@@ -52,9 +52,11 @@ class Fits(Strict):
 class Costs(Strict):
     """Steps traced at full size, without weights."""
 
-    models: tuple[str, ...] = Field(min_length=1)
-    methods: tuple[str, ...] = Field(min_length=1)
+    models: tuple[str, ...] = Field(
+        min_length=1, description="Names in models.yaml, of source `kind: config`."
+    )
+    methods: tuple[str, ...] = Field(min_length=1, description="Names in methods.yaml.")
     batch: int = Field(8, ge=1, description="Examples a batch.")
     seq: int = Field(64, ge=2, description="Tokens an example.")
-    sweeps: dict[str, Sweep] = Field(default_factory=dict)
-    fits: Fits | None = None
+    sweeps: dict[str, Sweep] = Field({}, description="Cost against one key, by name.")
+    fits: Fits | None = Field(None, description="The largest batch on each card.")

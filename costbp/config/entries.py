@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from costbp.errors import UserError
+from costbp.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -37,8 +37,11 @@ class Entry(Strict):
     notes: str | None = Field(None, description="What a reader should know about it.")
 
     def identity(self) -> dict[str, Any]:
-        """What a run's hash is made of: the entry without its cosmetic fields."""
-        return self.model_dump(mode="json", exclude=self.cosmetic)
+        """What a run's hash is made of: the entry without its cosmetic fields, and checksums of the
+        Python files that it names."""
+        files = {name: part.checksum for name, part in self if isinstance(part, PythonFile)}
+        found = self.model_dump(mode="json", exclude=self.cosmetic)
+        return found | {"files": files} if files else found
 
 
 class PythonFile(Strict):
@@ -62,27 +65,36 @@ class PythonFile(Strict):
         return hashlib.sha256(self.file.read_bytes()).hexdigest()
 
     def call(self, wanted: type[T], **context: Any) -> T:
-        """What the function returns for its options, and for ``context`` that the caller adds.
+        """What the function returns for its options, and for ``context`` that the caller adds; or
+        what has the function's name, where that is a ``wanted`` already.
 
         Raises:
-            UserError: the file has no such function, it takes other keywords, or it returns
-                something else than ``wanted``.
+            UserError: the file can't be run, has no such function, it takes other keywords, or it
+                returns something else than ``wanted``.
         """
         found = importlib.util.spec_from_file_location(f"costbp_file_{self.file.stem}", self.file)
         assert found is not None and found.loader is not None
         module = importlib.util.module_from_spec(found)
         sys.modules[found.name] = module  # dataclasses look their module up
-        found.loader.exec_module(module)
+        try:
+            found.loader.exec_module(module)
+        except Exception as error:
+            raise UserError(
+                f"{self.file}: can't be run ({type(error).__name__}: {first_line(error)})"
+            ) from error
         function = getattr(module, self.function, None)
-        if function is None:
+        if isinstance(function, wanted):
+            return function
+        if not callable(function):
             raise UserError(f"{self.file}: has no function '{self.function}'")
         try:
             part = function(**context, **self.options)
         except TypeError as error:
             raise UserError(f"{self.file}: {error}") from error
         if not isinstance(part, wanted):
+            package = wanted.__module__.rpartition(".")[0]
             raise UserError(
-                f"{self.file}: {self.function}() must return a costbp {wanted.__name__}, "
+                f"{self.file}: {self.function}() must return a {package}.{wanted.__name__}, "
                 f"not {type(part).__name__}"
             )
         return part

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from costbp.config.catalog import Catalog, FolderSource, LocalData, ModelEntry
+from costbp.config.catalog import Catalog, LocalData, ModelEntry
 from costbp.config.claims import Claims, VariantClaim
 from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
@@ -18,6 +18,7 @@ from costbp.config.groups import Names, load_groups
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
 from costbp.config.read import Loc, Sources, blame, dotted, laid_over, read_yaml, validate, value_at
+from costbp.config.sources import FolderSource
 from costbp.config.study import Plan, Study
 from costbp.errors import UserError, suggest
 
@@ -48,7 +49,7 @@ def load_catalog(
                 f"{suggest(asset, catalog.assets)}"
             )
     for name, task in catalog.tasks.items():
-        if task.loader not in task_modules():
+        if isinstance(task.loader, str) and task.loader not in task_modules():
             raise UserError(
                 f"{paths['tasks']}: {name}.loader = '{task.loader}' is not a module of "
                 f"costbp/tasks; {suggest(task.loader, task_modules())}"
@@ -154,10 +155,12 @@ def _check_paths(study: Study, catalog: Catalog, sources: Sources) -> None:
     for kind in ("models", "tasks"):
         for name in dict.fromkeys(n for block in study.experiments for n in getattr(block, kind)):
             entry = getattr(catalog, kind)[name]
-            local = entry.source if kind == "models" else entry.data
+            local = entry.base if kind == "models" else entry.data
             if isinstance(local, FolderSource | LocalData) and not Path(local.path).exists():
-                key = "source" if kind == "models" else "data"
-                loc: Loc = ("entries", kind, name, key, "path")
+                key: Loc = ("data",)
+                if kind == "models":
+                    key = ("source",) if local is entry.source else ("source", "base")
+                loc: Loc = ("entries", kind, name, *key, "path")
                 where, place = f"{study.catalog / kind}.yaml", dotted(loc[2:])
                 if any(value_at(data, loc) is not None for _, data in sources):
                     where, place = str(blame(sources, loc)), dotted(loc)

@@ -383,9 +383,3 @@ class MethodEntry(Entry):
         if self.clip_norm is not None or self.sign:
             estimator = Clipped(estimator, self.clip_norm, self.sign)
         return estimator
-
-    def identity(self) -> dict[str, Any]:
-        identity = super().identity()
-        if isinstance(self.estimator, PythonSpec):
-            identity["source"] = self.estimator.checksum
-        return identity

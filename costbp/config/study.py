@@ -10,17 +10,12 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from costbp.config.catalog import (
-    TRACED,
     AssetEntry,
     BudgetEntry,
     Catalog,
-    ConfigSource,
-    FolderSource,
     HubData,
-    HubSource,
     LocalData,
     ModelEntry,
-    Repository,
     TaskEntry,
 )
 from costbp.config.claims import Claims
@@ -28,9 +23,10 @@ from costbp.config.costs import Costs, card_bytes
 from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
+from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource, Repository
 from costbp.files import digest
 
-FORMAT = 6  # raised when the meaning of a run changes, so that old records are not mistaken for new
+FORMAT = 7  # raised when the meaning of a run changes, so that old records are not mistaken for new
 COSTS = 3  # the same for what is measured of a step's cost
 
 
@@ -49,10 +45,12 @@ class Cell(NamedTuple):
 class Block(Strict):
     """A block of experiments: the product of its lists."""
 
-    models: tuple[str, ...] = Field(min_length=1)
-    tasks: tuple[str, ...] = Field(min_length=1)
-    methods: tuple[str, ...] = Field(min_length=1)
-    budgets: tuple[str, ...] = Field(min_length=1)
+    models: tuple[str, ...] = Field(min_length=1, description="Names in models.yaml.")
+    tasks: tuple[str, ...] = Field(min_length=1, description="Names in tasks.yaml.")
+    methods: tuple[str, ...] = Field(
+        min_length=1, description="Names in methods.yaml, or groups (groups.yaml)."
+    )
+    budgets: tuple[str, ...] = Field(min_length=1, description="Names in budgets.yaml.")
     seeds: tuple[int, ...] | None = Field(
         None, min_length=1, description="Seeds of this block; default: the study's."
     )
@@ -64,7 +62,7 @@ class Evaluation(Strict):
     points: tuple[float, ...] = Field(
         min_length=1, description="Fractions of the budget at which the validation split is scored."
     )
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="Examples per evaluation batch.")
 
     @field_validator("points")
     @classmethod
@@ -126,18 +124,24 @@ class Paths(Strict):
 class Study(Strict):
     """What a configuration file holds."""
 
-    study: str = Field(pattern="^[A-Za-z0-9_-]+$", description="Name of the study.")
-    description: str = ""
-    scale: Literal["reduced", "full"] = Field("reduced", description="How verdicts are worded.")
+    study: str = Field(
+        pattern="^[A-Za-z0-9_-]+$", description="Name: folder under results/ and logs/."
+    )
+    description: str = Field("", description="Shown at the top of the report.")
+    scale: Literal["reduced", "full"] = Field(
+        "reduced", description="`full`: *verified*, *falsified*; else *toy*."
+    )
     catalog: Path = Field(Path("config/catalog"), description="Folder of the catalog.")
     claims: Path = Field(Path("config/claims.yaml"), description="Claims to be tested.")
-    seeds: tuple[int, ...] = Field(min_length=1)
-    experiments: tuple[Block, ...] = Field(min_length=1)
-    evaluation: Evaluation
-    tuning: Tuning
-    paths: Paths = Paths()
-    resources: Resources = Resources()
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where runs train.")
+    seeds: tuple[int, ...] = Field(min_length=1, description="One run per experiment and seed.")
+    experiments: tuple[Block, ...] = Field(min_length=1, description="Products of names.")
+    evaluation: Evaluation = Field(description="When runs are scored, and when they diverge.")
+    tuning: Tuning = Field(description="How learning rates are chosen.")
+    paths: Paths = Field(Paths(), description="Folders.")
+    resources: Resources = Field(Resources(), description="What a training job asks for.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="`auto`: a GPU if there is one."
+    )
     start_unfit: bool = Field(
         False, description="Start runs although their traced memory exceeds the device's."
     )
@@ -185,10 +189,10 @@ class RunSpec(Strict):
         return store.joinpath(*self.cell, f"seed={self.seed}-{self.hash}")
 
 
-Fetched = AssetEntry | Repository | HubData
+Fetchable = AssetEntry | Repository | HubData
 
 
-def state(what: Fetched) -> str:
+def state(what: Fetchable) -> str:
     """Checksum of a carrier, or revision of a repository."""
     return what.sha256 if isinstance(what, AssetEntry) else what.revision
 
@@ -248,18 +252,18 @@ class Plan(Strict):
             for number in range(count):
                 yield (*names, tuple(found[number::count]))
 
-    def assets(self) -> dict[str, Fetched]:
-        """What the study's models and tasks need to be fetched, by the folder it is fetched into."""
-        found: dict[str, Fetched] = {}
+    def assets(self) -> dict[str, Fetchable]:
+        """All that has to be fetched for the study, by the name of its folder."""
+        found: dict[str, Fetchable] = {}
         for model, task in self.pairs():
-            found |= self.fetched(model, task)
+            found |= self.to_fetch(model, task)
         return dict(sorted(found.items()))
 
-    def fetched(self, model: str, task: str) -> dict[str, Fetched]:
-        """The same of one pair."""
+    def to_fetch(self, model: str, task: str) -> dict[str, Fetchable]:
+        """What has to be fetched for one pair, by the name of its folder."""
         entry, data = self.catalog.models[model], self.catalog.tasks[task]
         names = [*entry.assets, *([data.asset] if data.asset else [])]
-        found: dict[str, Fetched] = {name: self.catalog.assets[name] for name in names}
+        found: dict[str, Fetchable] = {name: self.catalog.assets[name] for name in names}
         for hub in (entry.repository, data.data if isinstance(data.data, HubData) else None):
             if hub is not None:
                 found[hub.folder] = hub
@@ -268,9 +272,8 @@ class Plan(Strict):
     def assets_of(self, model: str, task: str) -> dict[str, str]:
         """What a pair reads and in which state: checksums of carriers, commits of the hub, digests
         of local files and folders."""
-        found = {name: state(what) for name, what in self.fetched(model, task).items()}
-        source, data = self.catalog.models[model].source, self.catalog.tasks[task].data
-        for local in (source, data):
+        found = {name: state(what) for name, what in self.to_fetch(model, task).items()}
+        for local in (self.catalog.models[model].base, self.catalog.tasks[task].data):
             if isinstance(local, FolderSource | LocalData):
                 found[local.path] = digest(Path(local.path))
         return found
@@ -281,7 +284,7 @@ class Plan(Strict):
         key = {
             "format": FORMAT,
             "source": entry.source.model_dump(mode="json"),
-            "pooling": entry.pooling if entry.reads_features else None,
+            "features": entry.reads_features,
             "task": data.model_copy(update={"batch_size": 1}).identity(),
             "assets": self.assets_of(model, task),
         }

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from costbp.config.catalog import ConfigSource, LoraTraining, ModelEntry
+from costbp.config.catalog import LoraTraining, ModelEntry
 from costbp.config.methods import MethodEntry
 from costbp.config.read import validate
 from costbp.config.shares import Shares
+from costbp.config.sources import ConfigSource
 from costbp.cost.products import SIZES, products, shares
 from costbp.cost.record import CostRecord
 from costbp.cost.step import measure_step
@@ -22,13 +23,9 @@ from costbp.device import allocator_peaks, forget_peaks, free, to_device
 from costbp.errors import UserError, suggest
 from costbp.estimators.base import Estimator
 from costbp.estimators.memory_plans import blocks
-from costbp.models.full_size import (
-    build_full_size,
-    longest,
-    sample_batch,
-    transformers_config,
-)
-from costbp.models.quantised import PackedLinear
+from costbp.models.architecture import longest, sample_batch, transformers_config
+from costbp.models.build import build_from_config
+from costbp.models.packed import PackedLinear
 from costbp.objective import Batch, Key, at_work
 
 DEVICES = ("meta", "cpu", "cuda")
@@ -92,7 +89,7 @@ class Bench:
         self.name = name or entry.label
         self.config = transformers_config(entry.source.config, classes)
         with self.on_device():
-            self.objective = build_full_size(entry.source, entry.train, classes)
+            self.objective = build_from_config(entry.source, entry.train, classes)
         self.blocks = len(blocks(self.objective.module))
 
     @property
@@ -106,7 +103,7 @@ class Bench:
     @property
     def longest(self) -> int:
         """Tokens that the model has positions for."""
-        return longest(self.config)
+        return longest(self.config.to_dict()) or 2**17  # relative positions have no end
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:

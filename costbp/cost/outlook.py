@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from costbp.config.catalog import ConfigSource, ModelEntry, TaskEntry
+from costbp.config.catalog import ModelEntry, TaskEntry
+from costbp.config.sources import ConfigSource
 from costbp.config.study import Cell, Plan
 from costbp.cost.products import SIZES, Product, products, shares
 from costbp.tasks.base import load_task

@@ -3,7 +3,6 @@ configuration is known, else counted on the task's own batches."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,21 +10,16 @@ from typing import Any
 
 import torch
 
-from costbp.config.catalog import (
-    TRACED,
-    ConfigSource,
-    FolderSource,
-    Held,
-    HubSource,
-    ModelEntry,
-)
+from costbp.config.catalog import ModelEntry
 from costbp.config.entries import short_hash
 from costbp.config.shares import Shares
+from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource, Source
 from costbp.config.study import Plan
 from costbp.console import say
 from costbp.cost.bench import CLASSES, Bench
 from costbp.cost.record import CostRecord
 from costbp.cost.step import measure_step
+from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.data.stream import BatchStream
 from costbp.device import to_device
@@ -35,7 +29,7 @@ from costbp.estimators.memory_plans import blocks
 from costbp.files import write_json
 from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
-from costbp.models.weights import DROPOUTS, weights_folder
+from costbp.models.weights import DROPOUTS, configuration
 from costbp.objective import Objective
 from costbp.tasks.base import load_task
 
@@ -137,15 +131,14 @@ def traceable(entry: ModelEntry, assets: Path) -> ModelEntry | None:
         values = dict(source.config)
     elif isinstance(source, HubSource | FolderSource) and source.form in TRACED:
         try:
-            folder = weights_folder(entry, assets)
-            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (UserError, OSError, ValueError):
+            values = configuration(entry, assets)
+        except UserError:
             return None
     else:
         return None
     for part in (values, values.get("text_config", {})):
         part |= {n: entry.dropout for n in DROPOUTS if n in part and entry.dropout is not None}
-    held = {name: getattr(source, name) for name in Held.model_fields}
+    held = {name: getattr(source, name) for name in Source.model_fields}
     config = ConfigSource(kind="config", config=values, **held)
     return entry.model_copy(update={"source": config})
 
@@ -158,7 +151,7 @@ def _on_data(
         plan.catalog.methods[method],
         plan.catalog.tasks[task].batch_size,
     )
-    data = load_prepared(prepare(plan, model, task))
+    data = load_prepared(prepare(Pair.of(plan, model, task)))
     assets = plan.study.paths.cache / "assets"
     module = build_model(entry, len(data.names), assets, 0, data.width, device)
     objective = Objective(module, cross_entropy)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from costbp.config.catalog import ConfigSource, FullTraining, HeadTraining, LoraTraining
+from costbp.config.catalog import FullTraining, HeadTraining, LoraTraining
 from costbp.config.shares import Shares
+from costbp.config.sources import ConfigSource
 
 Training = LoraTraining | HeadTraining | FullTraining
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from costbp.config.catalog import ModelEntry
 from costbp.data.images import ImageTokens
@@ -14,15 +15,9 @@ from costbp.tasks.base import Example, Task
 LEAST = 4  # tokens of a prompt that are kept, however long the answers
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Rows of one split.
-
-    Attributes:
-        rows: token ids of each example.
-        starts: where each answer starts; empty for classifiers.
-        truncated: examples that were cut.
-    """
+class Encoded(NamedTuple):
+    """Token ids of each example of a split, where each answer starts (empty for classifiers), and how
+    many examples were cut."""
 
     rows: list[list[int]]
     starts: list[int]
@@ -56,18 +51,12 @@ def _texts(examples: Sequence[Example], limit: int, words: Tokenizer) -> Encoded
     rows = words.rows(texts, [e.context for e in examples] if paired else None)
     truncated = [index for index, row in enumerate(rows) if len(row) > limit]
     for index in truncated:
-        context = examples[index].context
-        if context:
-            kept = words.plain(context)[: -(len(rows[index]) - limit) or None]
-            shorter = words.rows([texts[index]], [words.text(kept)])[0]
-            rows[index] = shorter
-        rows[index] = _cut(rows[index], limit)
+        row = rows[index]
+        if context := examples[index].context:
+            kept = words.plain(context)[: limit - len(row)]
+            row = words.rows([texts[index]], [words.text(kept)])[0]
+        rows[index] = row if len(row) <= limit else [*row[: limit - 1], row[-1]]  # its last closes
     return Encoded(rows, [], len(truncated))
-
-
-def _cut(row: list[int], length: int) -> list[int]:
-    """A row of at most ``length`` tokens that keeps its closing token."""
-    return row if len(row) <= length else [*row[: length - 1], row[-1]]
 
 
 def _prompts(examples: Sequence[Example], prompter: Prompter, limit: int) -> Encoded:
@@ -75,20 +64,17 @@ def _prompts(examples: Sequence[Example], prompter: Prompter, limit: int) -> Enc
     rows, starts, truncated = [], [], 0
     room = max(LEAST, limit - prompter.reserve(limit))
     for example, prompt in zip(examples, prompter.all(examples), strict=True):
-        answer = prompter.answer(example.answer)
-        if len(prompt) > room:
-            shorter = prompter.shorter(example, len(prompt) - room)
-            if example.image is not None and len(shorter) > room:
+        long = len(prompt) > room
+        if long:
+            prompt = prompter.shorter(example, len(prompt) - room)
+            if example.image is not None and len(prompt) > room:
                 raise UserError(
                     f"max_length = {limit}: the image of '{example.text[:40]}' and what belongs to "
-                    f"it take {len(shorter)} tokens of {room}; raise it or lower image_side"
+                    f"it take {len(prompt)} tokens of {room}; raise it or lower image_side"
                 )
-            row = [*shorter[:room], *answer]
-            starts.append(min(len(shorter), room))
-        else:
-            row = [*prompt, *answer]
-            starts.append(len(prompt))
-        truncated += len(prompt) > room or len(row) > limit
+        row = [*prompt[:room], *prompter.answer(example.answer)]
+        starts.append(min(len(prompt), room))
+        truncated += long or len(row) > limit
         rows.append(row[:limit])
     return Encoded(rows, starts, truncated)
 
@@ -104,14 +90,21 @@ class Prompter:
 
     def all(self, examples: Sequence[Example]) -> list[list[int]]:
         """Token ids of each example's prompt."""
-        contents = [content(e, self.task) for e in examples]
+        asked = self.task.instruction
+        contents = ["\n".join(filter(None, (e.context, e.text, asked))) for e in examples]
         if self.model.source.chat:
-            seen = [e.image is not None for e in examples]
-            chats = map(self.words.chat, contents, seen)
+            chats = [
+                self.words.chat(c, bool(e.image)) for c, e in zip(contents, examples, strict=True)
+            ]
             rows = [self.words.plain(chat) for chat in chats]
         else:
-            rows = [_open(row, self.words.end) for row in self.words.rows(contents)]
-        return [self._shown(row, e) for row, e in zip(rows, examples, strict=True)]
+            rows = self.words.rows(contents)
+            # without the token that would end the text before its answer
+            rows = [r[:-1] if len(r) > 1 and r[-1] == self.words.end else r for r in rows]
+        if self.images is None:
+            return rows
+        pairs = zip(rows, examples, strict=True)
+        return [self.images.shown(row, e.image) if e.image else row for row, e in pairs]
 
     def answer(self, answer: str) -> list[int]:
         """Token ids of an answer with the token that ends it."""
@@ -133,29 +126,14 @@ class Prompter:
         short = replace(example, context=kept) if example.context else replace(example, text=kept)
         return self.all([short])[0]
 
-    def _shown(self, row: list[int], example: Example) -> list[int]:
-        if example.image is None or self.images is None:
-            return row
-        return self.images.shown(row, example.image)
-
-
-def content(example: Example, task: Task) -> str:
-    """What a language model is asked: context, text, instruction."""
-    return "\n".join(part for part in (example.context, example.text, task.instruction) if part)
-
 
 def answer_ids(answer: str, words: Tokenizer, *, chat: bool) -> list[int]:
     """Token ids of an answer as it continues a prompt: after a blank, or at a chat turn's start."""
     return words.plain(answer if chat else f" {answer}")
 
 
-def _open(row: list[int], end: int | None) -> list[int]:
-    """A row without the token that would end the text before its answer."""
-    return row[:-1] if len(row) > 1 and row[-1] == end else row
-
-
 def choices(task: Task, model: ModelEntry, words: Tokenizer) -> list[list[int]]:
-    """Token ids of each of a task's answers, none the beginning of another.
+    """Token ids of each of a task's answers, no two alike.
 
     Raises:
         UserError: two answers are encoded alike.

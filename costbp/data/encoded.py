@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,11 +83,6 @@ class Split:
         if self.offsets is None:
             return torch.arange(len(self))
         return (self.offsets[1:] - self.offsets[:-1]).argsort(stable=True)
-
-    def ordered(self, batch_size: int) -> Iterator[Batch]:
-        """All examples once, similar lengths together, for evaluation."""
-        for part in self.order().split(batch_size):
-            yield self.batch(part)
 
 
 def padded(rows: list[Tensor], length: int, pad: int, *, left: bool = False) -> Batch:

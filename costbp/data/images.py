@@ -1,4 +1,4 @@
-"""Images of a pair's examples: kept once as files, turned into tensors when a batch needs them."""
+"""Images of a pair's examples: kept once as files, made into tensors when a batch needs them."""
 
 from __future__ import annotations
 
@@ -9,47 +9,54 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
-from costbp.config.catalog import ModelEntry, RandomSource
+from costbp.config.catalog import ModelEntry
+from costbp.config.sources import RandomSource, Source
 from costbp.data.encoded import Pixels
-from costbp.errors import UserError
+from costbp.errors import UserError, first_line
 from costbp.files import ensure_folder
-from costbp.models.weights import weights_folder
+from costbp.models.weights import configuration, weights_folder
 from costbp.objective import Batch
 from costbp.tasks.base import EncodedImage, Example
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Settings = dict[str, Any]
-TOWER = {
-    "patch_size": "patch_size",
-    "temporal_patch_size": "temporal_patch_size",
-    "merge_size": "spatial_merge_size",
-}
+# an image processor's settings -> keys of a configuration's vision part
+SIZES = {k: k for k in ("patch_size", "temporal_patch_size")} | {"merge_size": "spatial_merge_size"}
+MARKS = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def open_image(data: bytes, where: str = "image") -> Image.Image:
+def open_image(data: bytes, where: str = "image") -> Image:
     """The picture in an encoded file, RGB.
 
     Raises:
         UserError: it can't be read; names ``where``.
     """
+    from PIL import Image
+
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0].split(" <")[0]
-        raise UserError(f"{where} can't be read ({reason})") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where} can't be read ({first_line(error).split(' <')[0]})") from None
 
 
-def shrunk(picture: Image.Image, side: int) -> Image.Image:
+def shrunk(picture: Image, side: int) -> Image:
     """The picture with at most ``side`` x ``side`` pixels in its own proportions."""
+    from PIL import Image
+
     scale = side / (picture.width * picture.height) ** 0.5
     if scale >= 1:
         return picture
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+# --- files and tensors -----------------------------------------------------------------------------
 
 
 def store_images(
@@ -60,36 +67,34 @@ def store_images(
     Args:
         path: of the prepared file.
         side: see ``image_side`` of a model.
-        processor: what makes tensors of them (``processor_settings``); None: plain pixels.
+        processor: settings of what makes tensors of them; None: plain pixels.
 
     Returns:
-        What ``pixels_of`` needs, by split the name of each example's image.
+        What ``pixels_of`` needs: with ``side`` and ``processor`` the images' names by split.
 
     Raises:
-        UserError: an image can't be read, or there is no room; nothing is left behind then.
+        UserError: an image can't be read, or there is no room; the folder is removed then.
     """
     folder = path.with_suffix(".images")
     shutil.rmtree(folder, ignore_errors=True)
     ensure_folder(folder)
     try:
-        names = {split: [_keep(e, folder) for e in part] for split, part in parts.items()}
-    except OSError as error:
+        names = {split: [_store(e, folder) for e in part] for split, part in parts.items()}
+    except (OSError, UserError) as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return {"side": side, "processor": processor, "names": names}
 
 
-def _keep(example: Example, folder: Path) -> str:
+def _store(example: Example, folder: Path) -> str:
     assert example.image is not None
     name = example.image.digest[:32]
-    file = folder / name
-    if not file.exists():
+    if not (folder / name).exists():
         data = example.image.read()
         open_image(data, f"the image of '{example.text[:60]}'")
-        file.write_bytes(data)
+        (folder / name).write_bytes(data)
     return name
 
 
@@ -117,41 +122,32 @@ def _square(file: Path, side: int) -> torch.Tensor:
     return flat.view(side, side, 3).permute(2, 0, 1).contiguous()
 
 
-def processor_settings(model: ModelEntry, assets: Path) -> Settings:
-    """What says how a model's images become tensors: its folder, or the sizes of its tower.
-
-    Raises:
-        UserError: the weights aren't there.
-    """
-    if isinstance(model.source, RandomSource):
-        vision = model.source.config["vision_config"]
-        return {ours: vision[theirs] for ours, theirs in TOWER.items() if theirs in vision}
-    return {"folder": str(weights_folder(model, assets))}
-
-
 @lru_cache(maxsize=2)
 def image_processor(settings: str) -> Any:
-    """The image processor of ``processor_settings`` in JSON.
+    """What makes a model's tensors of images.
+
+    Args:
+        settings: JSON of ``{"folder": ...}`` of a transformers folder, or of sizes of Qwen2-VL's.
 
     Raises:
         UserError: there is none that works here.
     """
     found = json.loads(settings)
     if "folder" not in found:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-            Qwen2VLImageProcessorPil,
-        )
+        from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_vl
 
-        return Qwen2VLImageProcessorPil(**found)
+        return qwen2_vl.Qwen2VLImageProcessorPil(**found)
     from transformers import AutoImageProcessor
 
     try:
         return AutoImageProcessor.from_pretrained(found["folder"], local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f"{found['folder']}: no image processor that works here ({reason})"
+            f"{found['folder']}: no image processor that works here ({first_line(error)})"
         ) from error
+
+
+# --- in prompts ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,6 +159,7 @@ class ImageTokens:
         token, first, last: ids of the image's token and of the marks around it.
         side: see ``image_side`` of a model.
         processor: the model's image processor.
+        settings: of the processor.
         counts: tokens of the images met so far, by digest.
     """
 
@@ -171,6 +168,7 @@ class ImageTokens:
     last: int
     side: int
     processor: Any
+    settings: Settings = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def shown(self, row: list[int], image: EncodedImage) -> list[int]:
@@ -193,18 +191,20 @@ def image_tokens(model: ModelEntry, assets: Path) -> ImageTokens:
     """How a model of form ``image_text`` is shown an image.
 
     Raises:
-        UserError: it isn't of a family whose images are known.
+        UserError: the weights are missing, or of a family whose images aren't known.
     """
-    if isinstance(model.source, RandomSource):
-        config: Mapping[str, Any] = model.source.config
+    config, source = configuration(model, assets), model.source
+    assert isinstance(source, Source)
+    if isinstance(source, RandomSource):
+        vision = config["vision_config"]
+        settings = {ours: vision[theirs] for ours, theirs in SIZES.items() if theirs in vision}
     else:
-        config = json.loads((weights_folder(model, assets) / "config.json").read_text())
-    processor = image_processor(json.dumps(processor_settings(model, assets)))
-    marks = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
-    if not all(mark in config for mark in marks) or not hasattr(processor, "merge_size"):
+        settings = {"folder": str(weights_folder(model, assets))}
+    processor = image_processor(json.dumps(settings))
+    if not all(mark in config for mark in MARKS) or not hasattr(processor, "merge_size"):
         raise UserError(
             f"model '{model.label}': images are known of models of Qwen2-VL's kind alone, whose "
-            f"config.json holds {', '.join(marks)}"
+            f"config.json holds {', '.join(MARKS)}"
         )
-    token, first, last = (int(config[mark]) for mark in marks)
-    return ImageTokens(token, first, last, model.source.image_side, processor)
+    token, first, last = (int(config[mark]) for mark in MARKS)
+    return ImageTokens(token, first, last, source.image_side, processor, settings)

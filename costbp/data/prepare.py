@@ -15,18 +15,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from costbp.config.catalog import RandomSource
-from costbp.config.study import Plan
+from costbp.config.sources import PythonSource, RandomSource
 from costbp.data.encode import choices, encode
 from costbp.data.encoded import Split
-from costbp.data.images import image_tokens, pixels_of, processor_settings, store_images
-from costbp.data.pairs import check_pair
+from costbp.data.images import image_tokens, pixels_of, store_images
+from costbp.data.pairs import Pair
 from costbp.data.sources import read_examples
 from costbp.data.splits import SPLITS, split
 from costbp.errors import UserError
 from costbp.files import atomic, lock
-from costbp.models.build import Encoder, features, load_encoder
-from costbp.models.weights import load_tokenizer, positions, ready_weights
+from costbp.models.architecture import longest
+from costbp.models.modules import Encoder
+from costbp.models.weights import configuration, load_base, load_tokenizer, ready_weights
 from costbp.tasks.base import Example, load_task
 
 FEATURE_BATCH = 64
@@ -60,7 +60,7 @@ class Prepared:
         return values.shape[1] if values.dim() == 2 else 0
 
 
-def prepare(plan: Plan, model: str, task: str) -> Path:
+def prepare(pair: Pair) -> Path:
     """Encode a pair's splits unless the cache has them; returns the file. Weights that are kept
     packed are packed, too.
 
@@ -68,69 +68,77 @@ def prepare(plan: Plan, model: str, task: str) -> Path:
         UserError: whatever keeps the pair from being trained: a source or column that isn't there,
             longer texts than the model has positions for.
     """
-    path, entry = plan.prepared(model, task), plan.catalog.models[model]
-    if not (isinstance(entry.source, RandomSource) or entry.reads_features):
-        ready_weights(entry, plan.study.paths.cache / "assets")
-    if not path.exists():
-        with lock(path.with_name(f".{path.stem}.lock")):  # models of one source share the file
-            if not path.exists():
-                _prepare(plan, model, task, path)
-    return path
+    model, file = pair.model, pair.file
+    if not (model.base is None or isinstance(model.base, RandomSource) or model.reads_features):
+        ready_weights(model, pair.assets)
+    if not file.exists():
+        with lock(file.with_name(f".{file.stem}.lock")):  # models of one source share the file
+            if not file.exists():
+                _prepare(pair)
+    return file
 
 
-def _prepare(plan: Plan, model: str, task: str, path: Path) -> None:
-    entry, data = plan.catalog.models[model], plan.catalog.tasks[task]
-    definition = load_task(data.loader)
-    check_pair(plan, model, task)
-    assets = plan.study.paths.cache / "assets"
-    parts = split(read_examples(data, task, assets), data, task)
-    limit = positions(entry, assets)
-    if limit is not None and data.max_length > limit:
+def _prepare(pair: Pair) -> None:
+    model, task, (model_name, task_name), assets, file = pair
+    definition = load_task(task.loader)
+    pair.check()
+    parts = split(read_examples(task, task_name, assets), task, task_name)
+    limit = longest(configuration(model, assets))
+    if limit is not None and isinstance(model.source, PythonSource):
+        limit -= model.source.image_positions
+    if limit is not None and task.max_length > limit:
         raise UserError(
-            f"task '{task}': max_length = {data.max_length}, and model '{model}' has positions for "
-            f"{limit} tokens; lower it (entries.tasks.{task}.max_length in the study)"
+            f"task '{task_name}': max_length = {task.max_length}, and model '{model_name}' has "
+            f"positions for {limit} tokens; lower it (entries.tasks.{task_name}.max_length in the "
+            "study)"
         )
-    words = load_tokenizer(entry, assets)
-    tensors: dict[str, torch.Tensor] = {}
+    words = load_tokenizer(model, assets)
+    seen = definition.shows_images
+    images = image_tokens(model, assets) if seen and model.writes_text else None
     facts: dict[str, Any] = {
-        "form": "features" if entry.reads_features else "tokens",
+        "form": "features" if model.reads_features else "tokens",
         "names": list(definition.names),
         "pad": words.pad,
-        "choices": choices(definition, entry, words) if entry.writes_text else [],
-        "majority": {},
-        "examples": {},
+        "choices": choices(definition, model, words) if model.writes_text else [],
+        "majority": {name: definition.majority(part) for name, part in parts.items()},
+        "examples": {name: len(part) for name, part in parts.items()},
         "truncated": {},
         "images": None,
     }
-    seen = definition.shows_images
-    images = image_tokens(entry, assets) if seen and entry.writes_text else None
     if seen:
-        processor = processor_settings(entry, assets) if entry.writes_text else None
-        facts["images"] = store_images(parts, path, entry.source.image_side, processor)
+        processor = images.settings if images is not None else None
+        facts["images"] = store_images(parts, file, model.source.image_side, processor)
         facts["image_token"] = images.token if images is not None else None
-    encoder = load_encoder(entry, assets) if entry.reads_features else None
+    encoder = Encoder(load_base(model, assets)).eval() if model.reads_features else None
+    place = {label: index for index, label in enumerate(definition.names)}
+    tensors: dict[str, torch.Tensor | None] = {}
     for name, part in parts.items():
-        encoded = encode(part, entry, definition, data.max_length, words, images)
-        facts["majority"][name] = definition.majority(part)
-        facts["examples"][name] = len(part)
+        encoded = encode(part, model, definition, task.max_length, words, images)
         facts["truncated"][name] = encoded.truncated
         offsets = torch.tensor([0, *(len(row) for row in encoded.rows)]).cumsum(0)
         ids = torch.tensor([token for row in encoded.rows for token in row])
-        place = {label: index for index, label in enumerate(definition.names)}
         labels = torch.tensor([place.get(e.answer, -1) for e in part])
-        one = Split(ids, labels, offsets, pad=words.pad)
-        if encoder is not None:
-            one = _with_features(encoder, one)
-        tensors[f"{name}.values"] = one.values
-        tensors[f"{name}.labels"] = one.labels
-        if one.offsets is not None:
-            tensors[f"{name}.offsets"] = one.offsets
-        if encoded.starts:
-            tensors[f"{name}.starts"] = torch.tensor(encoded.starts)
-        if name != "train":
-            tensors[f"{name}.examples"] = _packed(part)
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
+        tokens = Split(ids, labels, offsets, pad=words.pad)
+        tensors |= {
+            f"{name}.values": ids if encoder is None else features(encoder, tokens),
+            f"{name}.labels": labels,
+            f"{name}.offsets": offsets if encoder is None else None,
+            f"{name}.starts": torch.tensor(encoded.starts) if encoded.starts else None,
+            f"{name}.examples": _packed(part) if name != "train" else None,
+        }
+    with atomic(file) as temporary:
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file(kept, temporary, metadata={"facts": json.dumps(facts)})
+
+
+@torch.no_grad()
+def features(encoder: Encoder, tokens: Split) -> torch.Tensor:
+    """What a frozen encoder hands to a head, of each example, [n, hidden], in float32."""
+    order = tokens.order()
+    found = torch.cat([encoder(tokens.batch(p)).float() for p in order.split(FEATURE_BATCH)])
+    values = torch.empty_like(found)
+    values[order] = found
+    return values
 
 
 def _packed(examples: list[Example]) -> torch.Tensor:
@@ -144,21 +152,11 @@ def _unpacked(data: torch.Tensor) -> tuple[Example, ...]:
     return tuple(Example("", answer, "", tuple(more), group) for answer, more, group in kept)
 
 
-def _with_features(encoder: Encoder, tokens: Split) -> Split:
-    order = tokens.order()
-    found = torch.cat(
-        [features(encoder, tokens.batch(part)) for part in order.split(FEATURE_BATCH)]
-    )
-    values = torch.empty_like(found)
-    values[order] = found
-    return Split(values, tokens.labels)
-
-
 def load_prepared(path: Path) -> Prepared:
     """Open a cached pair.
 
     Raises:
-        UserError: the file is not there or not readable.
+        UserError: the file is missing or not readable.
     """
     if not path.exists():
         raise UserError(f"{path}: not prepared yet; run `costbp prepare` for this model and task")

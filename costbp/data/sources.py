@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from costbp.config.catalog import AssetData, HubData, LocalData, TaskEntry
-from costbp.errors import UserError, suggest
+from costbp.errors import UserError, first_line, suggest
 from costbp.tasks.base import POOL, Example, Row, Task, load_task
 
 IMAGE = "image"  # the column of that name, which is read when it's asked for
 ROWS = 64  # of a parquet file that are in memory at a time
-FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FORMATS = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def read_examples(task: TaskEntry, name: str, assets: Path) -> dict[str, list[Example]]:
@@ -34,35 +34,28 @@ def read_examples(task: TaskEntry, name: str, assets: Path) -> dict[str, list[Ex
         counts[split] = counts.get(split, 0) + 1
         try:
             example = definition.example(row)
-        except UserError as error:
+        except Exception as error:  # a row that isn't as it should be, or a mistake in a file
             where = f"row {counts[split]}" + (f" of split '{split}'" if split else "")
-            raise UserError(f"task '{name}', {where}: {error}") from None
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__} "
+            raise UserError(f"task '{name}', {where}: {kind}{first_line(error)}") from error
         if example.text.strip() or example.image is not None:
             found.setdefault(split, []).append(example)
-    empty = [split for split in _splits(task).values() if not found.get(split)]
+    named = task.data.splits.values() if isinstance(task.data, HubData | LocalData) else ()
+    empty = [f"split '{split}' of its" for split in named if not found.get(split)]
     if empty or not found:
-        raise UserError(
-            f"task '{name}': "
-            + (f"split '{empty[0]}' of its source is empty" if empty else "its source is empty")
-        )
+        raise UserError(f"task '{name}': {empty[0] if empty else 'its'} source is empty")
     return found
-
-
-def _splits(task: TaskEntry) -> Mapping[str, str]:
-    if isinstance(task.data, HubData | LocalData):
-        return {str(ours): theirs for ours, theirs in task.data.splits.items()}
-    return {}
 
 
 def _rows(task: TaskEntry, name: str, definition: Task, assets: Path) -> Iterator[tuple[str, Row]]:
     data = task.data
-    if isinstance(data, HubData):
-        yield from _saved(data, name, definition, assets / data.folder)
-    elif isinstance(data, LocalData):
-        yield from _saved(data, name, definition, Path(data.path))
+    if isinstance(data, HubData | LocalData):
+        path = assets / data.folder if isinstance(data, HubData) else Path(data.path)
+        yield from _saved(data, name, definition, path)
     elif definition.rows is None:
+        module = task.loader if isinstance(task.loader, str) else task.loader.file
         raise UserError(
-            f"task '{name}': its module '{task.loader}' has no rows of its own; the catalog's "
+            f"task '{name}': its module '{module}' has no rows of its own; the catalog's "
             "tasks.yaml must say where they are (data: {kind: hub, ...} or {kind: local, ...})"
         )
     else:
@@ -77,8 +70,7 @@ def _rows(task: TaskEntry, name: str, definition: Task, assets: Path) -> Iterato
 def _saved(
     data: HubData | LocalData, name: str, task: Task, path: Path
 ) -> Iterator[tuple[str, Row]]:
-    tables = open_tables(data, name, path)
-    for split, table in tables.items():
+    for split, table in _tables(data, name, path).items():
         columns = {column: data.columns.get(column, column) for column in task.columns}
         for column, theirs in columns.items():
             if theirs not in table.column_names:
@@ -89,16 +81,12 @@ def _saved(
         image = columns.pop(IMAGE, None)
         images = table.select_columns([image]).with_format("arrow") if image else None
         for index, row in enumerate(table.select_columns(list(columns.values()))):
-            cell = {IMAGE: partial(_cell, images, index)} if image else {}
+            cell = {IMAGE: partial(_image, images, index)} if image else {}
             yield split, {column: row[theirs] for column, theirs in columns.items()} | cell
 
 
-def open_tables(data: HubData | LocalData, name: str, path: Path) -> dict[str, Any]:
-    """``datasets.Dataset`` by source split: those that the entry names, or one called "".
-
-    Raises:
-        UserError: nothing readable is there, or a split is missing.
-    """
+def _tables(data: HubData | LocalData, name: str, path: Path) -> dict[str, Any]:
+    """``datasets.Dataset`` by source split: those that the entry names, or one called ""."""
     if not path.exists():
         hint = "run `costbp assets`" if isinstance(data, HubData) else "check data.path"
         raise UserError(f"task '{name}': {path} is not there; {hint}")
@@ -107,60 +95,45 @@ def open_tables(data: HubData | LocalData, name: str, path: Path) -> dict[str, A
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        whole = _open(path, data.splits)
+        return _open(path, data.splits)
     except UserError as error:
         raise UserError(f"task '{name}': {error}") from None
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"task '{name}': {path} can't be read ({reason})") from error
-    wanted = dict.fromkeys(data.splits.values()) or dict.fromkeys(whole)
-    return {split: whole[split] for split in wanted}
+        raise UserError(f"task '{name}': {path} can't be read ({first_line(error)})") from error
 
 
 def _open(path: Path, splits: Mapping[Any, str]) -> dict[str, Any]:
     from datasets import Dataset, DatasetDict, load_from_disk
 
+    found: dict[str, Any] = {p.stem: p for p in sorted(path.glob("*")) if p.suffix in FORMATS}
     if path.is_file():
-        files = {POOL: path}
+        found = {POOL: path}
     elif (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         saved = load_from_disk(str(path))
-        tables = dict(saved) if isinstance(saved, DatasetDict) else {POOL: saved}
-        _has(tables, splits, path)
-        return tables
-    else:
-        files = {p.stem: p for p in sorted(path.iterdir()) if p.suffix in FORMATS}
-    if not files:
+        found = dict(saved) if isinstance(saved, DatasetDict) else {POOL: saved}
+    if not found:
         raise UserError(f"{path} holds no {', '.join(FORMATS)} file and no saved data set")
-    _has(files, splits, path)
-    tables = {}
-    for split, file in files.items():
-        if splits and split not in splits.values() and split != POOL:
-            continue
-        if file.suffix not in FORMATS:
-            raise UserError(f"{file}: unknown format; allowed: {', '.join(FORMATS)}")
-        tables[split] = _load(FORMATS[file.suffix], file, Dataset)
-    return tables
-
-
-def _has(found: Mapping[str, Any], splits: Mapping[Any, str], path: Path) -> None:
     if missing := [split for split in splits.values() if split not in found]:
         hint = suggest(missing[0], found) if any(found) else "it has none: leave out data.splits"
         raise UserError(f"{path} has no split '{missing[0]}'; {hint}")
+    kept = {split: found[split] for split in splits.values() or found}
+    return {s: _load(t, Dataset) if isinstance(t, Path) else t for s, t in kept.items()}
 
 
-def _load(kind: str, file: Path, dataset: Any) -> Any:
+def _load(file: Path, dataset: Any) -> Any:
     """A table that leaves nothing behind: in memory or, of parquet, which may hold images, mapped
     from a file that is unlinked at once."""
     import pandas as pd
 
-    if kind == "parquet":
+    if file.suffix == ".parquet":
         return _mapped(file, dataset)
-    lines = file.suffix == ".jsonl" or (kind == "json" and file.read_bytes()[:1] != b"[")
-    frame = (
-        pd.read_csv(file, keep_default_na=False)
-        if kind == "csv"
-        else pd.read_json(file, lines=lines, dtype=False, convert_dates=False)
-    )
+    if file.suffix == ".csv":
+        frame = pd.read_csv(file, keep_default_na=False)
+    elif file.suffix in FORMATS:
+        lines = file.suffix == ".jsonl" or file.read_bytes()[:1] != b"["
+        frame = pd.read_json(file, lines=lines, dtype=False, convert_dates=False)
+    else:
+        raise UserError(f"{file}: unknown format; allowed: {', '.join(FORMATS)}")
     return dataset.from_pandas(frame, preserve_index=False)
 
 
@@ -176,6 +149,6 @@ def _mapped(file: Path, dataset: Any) -> Any:
         return dataset.from_file(path)
 
 
-def _cell(images: Any, index: int) -> Any:
+def _image(images: Any, index: int) -> Any:
     """A row's image as its table of one column stores it."""
     return images[index].column(0)[0].as_py()

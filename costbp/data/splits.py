@@ -50,14 +50,14 @@ def split(
     seen: set[str] = set()
     for ours in ("test", "validation"):  # before train, which yields what they share
         if ours in own:
-            held = _ordered(found[own[ours]], task.split_seed, seen)
-            parts[ours] = held[: _border(held, _size(task, ours))]
+            given = _ordered(found[own[ours]], task.split_seed, seen)
+            parts[ours] = given[: _border(given, getattr(task, ours))]
             seen.update(map(_content, parts[ours]))
     kept = {_content(e) for ours in ("test", "validation") if ours in own for e in found[own[ours]]}
     rest = _ordered(found[own.get("train", POOL)], task.split_seed, kept)
     for ours in ("test", "validation"):
         if ours not in own:
-            border = _border(rest, _size(task, ours))
+            border = _border(rest, getattr(task, ours))
             parts[ours], rest = rest[:border], rest[border:]
     parts["train"] = rest
     return _counted(parts, task, name)
@@ -74,11 +74,6 @@ def _own(found: Mapping[str, Sequence[Example]], task: TaskEntry, name: str) -> 
             "data.splits which of them is train"
         )
     return {ours: ours for ours in SPLITS if ours in found}
-
-
-def _size(task: TaskEntry, split: str) -> int:
-    size: int = getattr(task, split)
-    return size
 
 
 def _shared(example: Example) -> str:
@@ -133,11 +128,8 @@ def _skewed(
         edges = np.round(np.cumsum([0.0, *shares]) * len(same)).astype(int)
         mine += same[edges[partition.part] : edges[partition.part + 1]]
     mine = _ordered(mine, task.split_seed, set())
-    held = _border(mine, round(partition.test * len(mine)))
-    test, rest = mine[:held], mine[held:]
+    border = _border(mine, round(partition.test * len(mine)))
+    test, rest = mine[:border], mine[border:]
     count = _border(rest, min(task.validation, len(rest) // 2))
-    return {
-        "test": test[: _border(test, task.test)],
-        "validation": rest[:count],
-        "train": rest[count:],
-    }
+    test = test[: _border(test, task.test)]
+    return {"test": test, "validation": rest[:count], "train": rest[count:]}

@@ -2,91 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from costbp.config.catalog import FullTraining, ModelEntry
-from costbp.models.fusion import Fusion, VisionEncoder
-from costbp.models.trainable import HEADS, Transformer, trainable
-from costbp.models.weights import load_base, vision_file, without_collection
-from costbp.objective import Batch
-
-
-def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the hidden states [n, length, hidden] over real tokens, [n, hidden]."""
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1)
-
-
-def first_pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Hidden state of the first token, [n, hidden]."""
-    return states[:, 0]
+from costbp.config.catalog import FullTraining, LoraTraining, ModelEntry, Training
+from costbp.config.sources import ConfigSource, Form, PythonSource
+from costbp.errors import UserError
+from costbp.models.architecture import transformers_config
+from costbp.models.loss import ChunkedLoss, cross_entropy
+from costbp.models.modules import Classifier, Encoder, Head, Transformer, redraw
+from costbp.models.packed import QuantisedLinear, replace_packed
+from costbp.models.trainable import head_name, trainable
+from costbp.models.weights import load_base, randomly_drawn
+from costbp.objective import Objective
 
 
-def last_pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Hidden state of the last real token, [n, hidden]."""
-    last = mask.sum(1) - 1
-    return states[torch.arange(len(states), device=states.device), last]
-
-
-SPREAD = 0.02  # of a head's first weights, as in BERT, RoBERTa and OPT
-POOLINGS = {"mean": mean_pool, "first": first_pool, "last": last_pool}
-
-
-class Head(nn.Module):
-    """A linear classifier on features; returns logits [n, classes]."""
-
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__()
-        self.classifier = nn.Linear(width, classes)
-        nn.init.normal_(self.classifier.weight, std=SPREAD)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.classifier(batch["features"].to(self.classifier.weight.dtype))
-
-
-class Encoder(nn.Module):
-    """A transformers model and a pooling; returns features [n, hidden]."""
-
-    def __init__(self, model: nn.Module, pooling: str) -> None:
-        super().__init__()
-        self.model, self.pool = model, POOLINGS[pooling]
-        self.width: int = model.config.hidden_size  # type: ignore[assignment, union-attr]
-
-    def forward(self, batch: Batch) -> Tensor:
-        mask = batch["attention_mask"]
-        states = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-        return self.pool(states, mask)
-
-
-class Classifier(nn.Module):
-    """An encoder with a linear head; returns logits [n, classes]."""
-
-    def __init__(self, encoder: Any, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = Head(encoder.width, classes)
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.head({"features": self.encoder(batch)})
-
-
-def load_encoder(model: ModelEntry, assets: Path) -> Encoder:
-    """The base model of form ``encoder``, all of it trainable."""
-    return Encoder(load_base(model, assets), model.pooling)
-
-
-@torch.no_grad()
-def features(encoder: Encoder, batch: Batch) -> Tensor:
-    """What the frozen base hands to a head, [n, hidden], in float32."""
-    return encoder.eval()(batch).float()
-
-
-@without_collection()
 def build_model(
     model: ModelEntry,
     classes: int,
@@ -95,11 +29,12 @@ def build_model(
     width: int,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The module to be trained, in training mode; adapters and head are drawn from ``seed``, on the
-    CPU whatever the device.
+    """The module to be trained, in training mode, with its weights; adapters and head are drawn from
+    ``seed``, on the CPU whatever the device.
 
     Args:
         classes: 0 where answers are free text.
+        assets: the folder of what has been fetched.
         width: length of a cached feature vector; 0 where the model reads tokens.
         device: where all of it ends.
 
@@ -109,32 +44,75 @@ def build_model(
     if width:
         torch.manual_seed(seed)
         return Head(width, classes).train().to(device)
-    source = model.source
-    where = "cpu" if source.form == "fusion" else device  # what is drawn depends on its embedding
-    base: Any = load_base(model, assets, classes if source.form == "classifier" else 0, where)
+    if isinstance(model.source, PythonSource):
+        return _of_a_file(model, model.source, classes, assets, seed).train().to(device)
+    form = model.source.form
+    base = load_base(model, assets, classes if form == "classifier" else 0, device)
     torch.manual_seed(seed)
-    if model.writes_text or source.form == "classifier":
-        if source.form == "classifier":
-            _draw(base)
-        vocabulary = base.config.get_text_config().vocab_size if model.writes_text else 0
-        adapted = trainable(base, source.form, model.train)
-        return Transformer(adapted, vocabulary).train().to(device)
-    if isinstance(model.train, FullTraining) and getattr(base, "pooler", None) is not None:
+    if form == "classifier":
+        redraw(getattr(base, head_name(base)))
+    return _finished(base, form, model.train, classes).train().to(device)
+
+
+def _of_a_file(
+    model: ModelEntry, source: PythonSource, classes: int, assets: Path, seed: int
+) -> nn.Module:
+    """What the function of a Python file returns, made on the CPU."""
+    folders = {name: assets / name for name in source.assets}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise UserError(f"model asset '{name}' is not in {assets}; run `costbp assets`")
+    base = None if source.base is None else load_base(model, assets)
+    torch.manual_seed(seed)
+    context = {"base": base, "classes": classes, "train": model.train, "assets": folders}
+    made = source.call(nn.Module, **context)
+    if not any(parameter.requires_grad for parameter in made.parameters()):
+        raise UserError(
+            f"{source.file}: {source.function}() returns a module with nothing to train"
+        )
+    return made
+
+
+def build_from_config(
+    source: ConfigSource,
+    train: Training,
+    classes: int = 4,
+    *,
+    attention: str = "eager",
+    adapters_at_zero: bool = True,
+) -> Objective:
+    """The objective of a configuration's model, in training mode, all of it random, made on the
+    current default device (meta, too).
+
+    Args:
+        classes: of a classifier.
+        attention: ``eager``, or ``sdpa`` for the fused kernel, which is not counted on a CPU.
+        adapters_at_zero: start LoRA's second factor at zero, as in training.
+    """
+    config = transformers_config(source.config, classes)
+    if source.form == "classifier" and config.pad_token_id is None:
+        config.pad_token_id = 0  # a decoder's classifier reads the last token before padding
+    base = randomly_drawn(source, config, attention)
+    if source.bits is not None:  # whatever the packing: all take about as many bytes
+        replace_packed(base, partial(QuantisedLinear, group=source.group))
+    made = _finished(base, source.form, train, classes, adapters_at_zero)
+    if source.loss_chunk is not None and isinstance(made, Transformer) and made.vocabulary:
+        whole: Any = made.model
+        if isinstance(train, LoraTraining):
+            whole = whole.get_base_model()
+        head = whole.get_output_embeddings()
+        made = ChunkedLoss(whole.model, head, source.loss_chunk, made.vocabulary)
+    return Objective(made.train(), cross_entropy)
+
+
+def _finished(
+    base: Any, form: Form, train: Training, classes: int, adapters_at_zero: bool = True
+) -> nn.Module:
+    """A transformers model with what is trained put in, as its form puts out."""
+    vocabulary = base.config.get_text_config().vocab_size if form in ("causal", "image_text") else 0
+    if isinstance(train, FullTraining) and form == "encoder" and getattr(base, "pooler", None):
         base.pooler.requires_grad_(False)  # its output is not read
-    adapted = trainable(base, source.form, model.train)
-    if source.form == "fusion":
-        vision = VisionEncoder(vision_file(model, assets))
-        fusion = Fusion(adapted, vision, POOLINGS[model.pooling])
-        return Classifier(fusion, classes).train().to(device)
-    return Classifier(Encoder(adapted, model.pooling), classes).train().to(device)
-
-
-def _draw(base: Any) -> None:
-    """A classifier's head anew, from the current seed."""
-    head = next(getattr(base, name) for name in HEADS if hasattr(base, name))
-    for layer in head.modules():
-        if isinstance(layer, nn.Linear):
-            drawn = torch.empty_like(layer.weight, device="cpu")
-            layer.weight.data.copy_(nn.init.normal_(drawn, std=SPREAD))
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+    adapted = trainable(base, form, train, adapters_at_zero=adapters_at_zero)
+    if form == "encoder":
+        return Classifier(Encoder(adapted), classes)
+    return Transformer(adapted, vocabulary)

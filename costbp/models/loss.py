@@ -14,7 +14,10 @@ IGNORED = -100  # label of a place that doesn't count
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Mean cross-entropy [] of class logits [n, classes], or of next tokens for logits
-    [n, length, vocabulary] (labels of -100 don't count), in float32 or wider."""
+    [n, length, vocabulary] (labels of -100 don't count), in float32 or wider. What a module has
+    made a loss of itself [] stays as it is."""
+    if logits.ndim == 0:
+        return logits
     labels = batch["labels"]
     if logits.ndim == 3:
         labels, logits = next_tokens(labels), logits.flatten(0, 1)
@@ -32,8 +35,8 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 class ChunkedLoss(nn.Module):
-    """A language model's mean loss over next tokens, with the logits of ``chunk`` tokens at a time;
-    the backward pass computes them again. ``already`` is the loss that belongs to it.
+    """A language model's mean loss [] over next tokens, with the logits of ``chunk`` tokens at a
+    time; the backward pass computes them again.
 
     Args:
         decoder: returns an object with ``last_hidden_state`` [n, length, hidden].
@@ -60,8 +63,3 @@ class ChunkedLoss(nn.Module):
     def _sum(self, states: Tensor, labels: Tensor) -> Tensor:
         logits = _wide(self.head(states))
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-
-
-def already(loss: Tensor, batch: Batch) -> Tensor:
-    """The loss of a module that returns its loss."""
-    return loss

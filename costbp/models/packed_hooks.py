@@ -1,10 +1,11 @@
 """Packed layers in ``from_pretrained``: read from a checkpoint that holds them, or made of full
-weights while these are read, a tensor at a time. Importing this tells transformers of them."""
+weights while these are read, a tensor at a time. Importing this file registers them."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,24 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from costbp.config.catalog import Held
+from costbp.config.sources import Source
 from costbp.errors import UserError
-from costbp.models.packed_formats import packer
-from costbp.models.quantised import is_packed, packed_layers, replace_packed
+from costbp.models.packed import (
+    GptqLinear,
+    Nf4Linear,
+    QuantisedLinear,
+    is_packed,
+    packed_layers,
+    replace_packed,
+)
 
 METHOD = "costbp"
 TRIM = 2**26  # bytes of weights after which memory goes back to the system
 
 
-def packing_of(held: Held, stored: dict[str, Any] | None) -> Any:
-    """What ``from_pretrained`` is told of a packed base: ``quantization_config=packing`` packs full
-    weights as they are read, ``config.quantization_config = packing.to_dict()`` reads packed ones.
-    None: the base isn't packed.
+def packing_of(source: Source, stored: dict[str, Any] | None) -> Any:
+    """How a base is packed; None where it isn't. ``from_pretrained(quantization_config=packing)`` packs
+    full weights as they are read, ``config.quantization_config = packing.to_dict()`` reads packed ones.
 
     Args:
         stored: ``quantization_config`` of the checkpoint's config.json.
@@ -35,19 +41,17 @@ def packing_of(held: Held, stored: dict[str, Any] | None) -> Any:
         UserError: the checkpoint isn't packed as the entry says.
     """
     if stored is None:
-        if held.bits is not None and held.packing == "gptq":
+        if source.bits is not None and source.packing == "gptq":
             raise UserError(
-                "source.packing = 'gptq' reads a checkpoint that GPTQ made, which this is not; use "
-                "packing rtn or nf4"
+                "packing gptq reads a checkpoint that GPTQ made, and this is none; use rtn or nf4"
             )
-        return None if held.bits is None else Packing(held.packing, held.group)
+        return None if source.bits is None else Packing(source.packing, source.group)
     method, bits = stored.get("quant_method"), stored.get("bits")
-    if held.bits is None or held.packing != "gptq":
+    if source.bits is None or source.packing != "gptq":
         raise UserError(f"the weights are packed ({method}); set source.bits = 4 and packing gptq")
     if method != "gptq" or bits != 4:
         raise UserError(
-            f"quantization_config: quant_method = {method!r}, bits = {bits!r}; packing gptq reads "
-            "4-bit GPTQ"
+            f"quant_method = {method!r}, bits = {bits!r}; packing gptq reads 4-bit GPTQ"
         )
     less_one = stored.get("checkpoint_format", "gptq") == "gptq"
     return Packing("gptq", int(stored.get("group_size", 128)), less_one)
@@ -55,14 +59,19 @@ def packing_of(held: Held, stored: dict[str, Any] | None) -> Any:
 
 @register_quantization_config(METHOD)
 class Packing(QuantizationConfigMixin):
-    """The arguments of ``packer``."""
+    """How layers are packed: see ``packing`` and ``group`` of a source, and ``GptqLinear``."""
 
     def __init__(self, packing: str, group: int, less_one: bool = True, **_: Any) -> None:
         self.quant_method: Any = METHOD
         self.packing, self.group, self.less_one = packing, group, less_one
 
     def packer(self) -> Callable[[nn.Linear], nn.Module]:
-        return packer(self.packing, self.group, less_one=self.less_one)
+        """Makes the packed layer of a linear one, whose weight may be on meta."""
+        if self.packing == "nf4":
+            return Nf4Linear
+        if self.packing == "gptq":
+            return partial(GptqLinear, group=self.group, less_one=self.less_one)
+        return partial(QuantisedLinear, group=self.group)
 
 
 @register_quantizer(METHOD)

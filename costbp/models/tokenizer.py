@@ -6,47 +6,20 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from costbp.errors import UserError
+from costbp.errors import UserError, first_line
 
 FIRST, LAST, RESERVED = 1, 2, 3
 
 
-class Tokenizer(Protocol):
-    """What encoding needs of a tokenizer.
+class Hashed:
+    """Words and punctuation marks hashed (CRC-32) into ``size`` ids; 0 pads, 1 and 2 frame.
 
     Attributes:
         pad: token id of padding.
         end: token id that ends a text; None where there is none.
     """
-
-    pad: int
-    end: int | None
-
-    def rows(self, texts: Sequence[str], contexts: Sequence[str] | None = None) -> list[list[int]]:
-        """Token ids of texts, or of pairs, framed by the model's special tokens."""
-        ...
-
-    def plain(self, text: str) -> list[int]:
-        """Token ids of a text without special tokens."""
-        ...
-
-    def text(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        ...
-
-    def chat(self, content: str, image: bool) -> str:
-        """A user's message, and the opening of the answer, as the model's chat template has it.
-
-        Raises:
-            UserError: there is no template.
-        """
-        ...
-
-
-class Hashed:
-    """Words and punctuation marks hashed (CRC-32) into ``size`` ids; 0 pads, 1 and 2 frame."""
 
     pad = 0
     end: int | None = LAST
@@ -55,10 +28,12 @@ class Hashed:
         self.span = size - RESERVED
 
     def plain(self, text: str) -> list[int]:
+        """Token ids of a text without special tokens."""
         words = re.findall(r"\w+|[^\w\s]", text.lower())
         return [RESERVED + zlib.crc32(word.encode()) % self.span for word in words]
 
     def rows(self, texts: Sequence[str], contexts: Sequence[str] | None = None) -> list[list[int]]:
+        """Token ids of texts, or of pairs, framed by special tokens."""
         pairs = zip(texts, contexts or [""] * len(texts), strict=True)
         return [
             [FIRST, *self.plain(text), LAST, *([*self.plain(context), LAST] if context else [])]
@@ -66,9 +41,15 @@ class Hashed:
         ]
 
     def text(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
         return " ".join(f"<{token}>" for token in ids if token >= RESERVED)
 
     def chat(self, content: str, image: bool) -> str:
+        """A user's message, and the opening of the answer, as the model's chat template has it.
+
+        Raises:
+            UserError: there is no template.
+        """
         raise UserError(
             "a model with random weights has no chat template: set source.chat to false"
         )
@@ -90,7 +71,7 @@ class Bytes(Hashed):
 
 
 class Pretrained:
-    """The tokenizer saved in a transformers folder.
+    """The tokenizer saved in a transformers folder; its methods are those of ``Hashed``.
 
     Raises:
         UserError: there is none, or it has nothing to pad with.
@@ -102,7 +83,7 @@ class Pretrained:
         try:
             self.inner: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [""])[0]
+            reason = first_line(error)
             raise UserError(f"{folder}: no tokenizer that can be read ({reason})") from error
         inner = self.inner
         self.end = inner.eos_token_id if inner.eos_token_id is not None else inner.sep_token_id
@@ -140,3 +121,6 @@ class Pretrained:
             message, tokenize=False, add_generation_prompt=True
         )
         return found
+
+
+Tokenizer = Hashed | Pretrained

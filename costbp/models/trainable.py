@@ -5,36 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from costbp.config.catalog import FullTraining, HeadTraining, LoraTraining
+from costbp.config.catalog import FullTraining, HeadTraining, Training
+from costbp.config.sources import Form
 from costbp.errors import UserError
-from costbp.objective import Batch
+from costbp.models.libraries import with_transformers
 
 HEADS = ("classifier", "score", "lm_head")  # trained in full beside adapters, never packed
-Training = LoraTraining | HeadTraining | FullTraining
 
 
-class Transformer(nn.Module):
-    """A transformers model called with a batch; returns logits.
-
-    Args:
-        vocabulary: width of the logits of a language model; 0 for a classifier.
-    """
-
-    def __init__(self, model: nn.Module, vocabulary: int = 0) -> None:
-        super().__init__()
-        self.model = model
-        self.vocabulary = vocabulary
-
-    def forward(self, batch: Batch) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits: Tensor = self.model(**inputs).logits
-        return logits
+def head_name(model: nn.Module) -> str:
+    """Name of the head that a transformers model has; "" where it has none."""
+    return next((name for name in HEADS if hasattr(model, name)), "")
 
 
 def trainable(
-    model: Any, form: str, train: Training, *, adapters_at_zero: bool = True
+    model: Any, form: Form, train: Training, *, adapters_at_zero: bool = True
 ) -> nn.Module:
     """The model with ``requires_grad`` on what its entry trains, adapters put in.
 
@@ -51,7 +38,7 @@ def trainable(
     if isinstance(train, FullTraining):
         return model
     model.requires_grad_(False)
-    head = next((name for name in HEADS if hasattr(model, name)), "")
+    head = head_name(model)
     if isinstance(train, HeadTraining):
         output = model.get_output_embeddings()
         if form == "classifier":
@@ -59,25 +46,23 @@ def trainable(
         elif output is not None:  # untied from the embedding, which stays frozen
             output.weight = nn.Parameter(output.weight.detach().clone())
         return _in_float32(model)
-    from peft import LoraConfig, get_peft_model
+    targets = list(train.targets)
+    with with_transformers():
+        from peft import LoraConfig, get_peft_model
 
-    try:
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=train.rank,
-                lora_alpha=train.alpha,  # type: ignore[arg-type]
-                lora_dropout=train.dropout,
-                target_modules=list(train.targets),
-                modules_to_save=[head] if form == "classifier" else None,
-                init_lora_weights=adapters_at_zero,
-            ),
+        settings = LoraConfig(
+            r=train.rank,
+            lora_alpha=train.alpha,  # type: ignore[arg-type]
+            lora_dropout=train.dropout,
+            target_modules=targets,
+            modules_to_save=[head] if form == "classifier" else None,
+            init_lora_weights=adapters_at_zero,
         )
-    except ValueError as error:
-        raise UserError(
-            f"train.targets = {list(train.targets)} match no layer of {type(model).__name__}"
-        ) from error
-    return _in_float32(model)
+        try:
+            return _in_float32(get_peft_model(model, settings))
+        except ValueError as error:
+            name = type(model).__name__
+            raise UserError(f"train.targets = {targets} match no layer of {name}") from error
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

@@ -1,42 +1,41 @@
-"""Where a model's weights are on this machine, and the transformers model made of them."""
+"""Where a model's weights are, and the transformers model made of them: read from a folder (an
+asset's, the hub's, one's own), or drawn at random."""
 
 from __future__ import annotations
 
-import gc
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from costbp.config.catalog import (
+from costbp.config.catalog import ModelEntry
+from costbp.config.sources import (
     AssetSource,
     ConfigSource,
     FolderSource,
-    FullTraining,
-    Held,
-    ModelEntry,
+    PythonSource,
     RandomSource,
+    Source,
 )
 from costbp.device import out_of_memory
-from costbp.errors import UserError
-from costbp.models.fusion import CELL
-from costbp.models.packed_store import kept, packed_folder
-from costbp.models.quantised import replace_packed
+from costbp.errors import UserError, first_line
+from costbp.models.architecture import REQUIRED, transformers_config
+from costbp.models.libraries import with_transformers
+from costbp.models.packed import replace_packed
+from costbp.models.packed_store import made_once, packed_folder
 from costbp.models.tokenizer import Bytes, Hashed, Pretrained, Tokenizer
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout")
 CLASSES = {
     "encoder": "AutoModel",
-    "fusion": "AutoModel",
     "classifier": "AutoModelForSequenceClassification",
     "causal": "AutoModelForCausalLM",
     "image_text": "AutoModelForImageTextToText",
 }
+
+
+# --- where they are --------------------------------------------------------------------------------
 
 
 def weights_folder(model: ModelEntry, assets: Path) -> Path:
@@ -45,7 +44,7 @@ def weights_folder(model: ModelEntry, assets: Path) -> Path:
     Raises:
         UserError: it has not been fetched, or is not such a folder.
     """
-    source = model.source
+    source = model.base
     if isinstance(source, FolderSource):
         folder, hint = Path(source.path), "check source.path"
     elif isinstance(source, AssetSource):
@@ -61,6 +60,55 @@ def weights_folder(model: ModelEntry, assets: Path) -> Path:
     return folder
 
 
+def configuration(model: ModelEntry, assets: Path) -> dict[str, Any]:
+    """The content of a model's ``config.json``: the entry's or its folder's.
+
+    Raises:
+        UserError: the folder isn't there, or the file isn't JSON.
+    """
+    source = model.base
+    if source is None:
+        return {}
+    if isinstance(source, ConfigSource):
+        return dict(source.config)
+    if isinstance(source, RandomSource):
+        return {"model_type": source.model_type, **source.config}
+    file = weights_folder(model, assets) / "config.json"
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: {first_line(error)}") from error
+    return values
+
+
+def load_tokenizer(model: ModelEntry, assets: Path) -> Tokenizer:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    if isinstance(model.source, PythonSource) and model.base is None:
+        return Hashed(model.source.vocabulary)
+    if isinstance(model.base, RandomSource):
+        values = model.base.config
+        size = int(values.get("text_config", values)["vocab_size"])
+        return Bytes(size) if model.writes_text else Hashed(size)
+    return Pretrained(weights_folder(model, assets))
+
+
+def ready_weights(model: ModelEntry, assets: Path) -> Path:
+    """The folder that a base's weights are read from, made first where they are packed here: once, a
+    tensor at a time. Not of random weights.
+
+    Raises:
+        UserError: see ``load_base``.
+    """
+    folder, source = weights_folder(model, assets), _base(model)
+    if source.bits is None or source.packing == "gptq":
+        return folder
+    return packed_folder(source, folder, assets, lambda: _read(model, folder, assets, pack=True))
+
+
 def _unpacked(folder: Path, file: str) -> Path:
     """The model of a GGUF file as a transformers folder in full precision, made once: unpacking
     takes half a minute."""
@@ -69,7 +117,6 @@ def _unpacked(folder: Path, file: str) -> Path:
     def make(scratch: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        quiet()
         options: dict[str, Any] = {"gguf_file": file, "local_files_only": True}
         try:
             words = AutoTokenizer.from_pretrained(folder, **options)
@@ -86,54 +133,20 @@ def _unpacked(folder: Path, file: str) -> Path:
                 "pip install gguf sentencepiece"
             ) from error
         except Exception as error:  # of transformers, gguf, safetensors, or the disk
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{folder / file}: can't be unpacked ({reason})") from error
+            raise UserError(f"{folder / file}: can't be unpacked ({first_line(error)})") from error
 
-    with without_collection():
-        return kept(target, (target / "config.json").is_file, make)
-
-
-def load_tokenizer(model: ModelEntry, assets: Path) -> Tokenizer:
-    """The tokenizer that belongs to a model.
-
-    Raises:
-        UserError: it can't be read.
-    """
-    source = model.source
-    if isinstance(source, RandomSource):
-        size = int(source.config.get("text_config", source.config)["vocab_size"])
-        return Bytes(size) if model.writes_text else Hashed(size)
-    return Pretrained(weights_folder(model, assets))
+    with with_transformers():
+        return made_once(target, (target / "config.json").is_file, make)
 
 
-def quiet() -> None:
-    """No notes and bars of transformers, nor its warning of a name that peft still asks for."""
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+# --- the model of them -----------------------------------------------------------------------------
 
 
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """No garbage collection while transformers and peft are imported: there is no garbage then, and
-    looking for it takes a fifth of the ten seconds."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@without_collection()
 def load_base(
     model: ModelEntry, assets: Path, classes: int = 0, device: torch.device | str = "cpu"
-) -> nn.Module:
-    """The base model in its form; eager attention, since the fused kernel has no forward-mode rule
-    and is not seen by the FLOP counter. Packed to four bits if its entry says so.
+) -> Any:
+    """The base model in its form, packed to four bits if its entry says so; with eager attention,
+    since the fused kernel has no forward-mode rule and is not seen by the FLOP counter.
 
     Args:
         classes: of the form ``classifier``, whose head is drawn at random.
@@ -142,37 +155,25 @@ def load_base(
     Raises:
         UserError: weights are missing or not readable.
     """
-    from costbp.models.packed_hooks import packing_of
+    source = _base(model)
+    if not isinstance(source, RandomSource):
+        return _read(model, ready_weights(model, assets), assets, classes, device)
+    with with_transformers():
+        from costbp.models.packed_hooks import packing_of
 
-    source = model.source
-    if source.bits is not None and isinstance(model.train, FullTraining):
-        raise UserError(
-            f"model '{model.label}': a packed base (source.bits = 4) can't be trained in full; use "
-            "train lora"
-        )
-    if isinstance(source, RandomSource):
-        quiet()
         config = _config(model, assets, classes)
-        torch.manual_seed(source.seed)
-        base: nn.Module = _kind(source).from_config(config, **_held(source))
-        if (packing := packing_of(source, None)) is not None:
-            replace_packed(base, packing.packer())
-        return base.to(device)
-    return _read(model, ready_weights(model, assets), assets, classes, device)
+    torch.manual_seed(source.seed)
+    base = randomly_drawn(source, config)
+    if (packing := packing_of(source, None)) is not None:
+        replace_packed(base, packing.packer())
+    return base.to(device)
 
 
-@without_collection()
-def ready_weights(model: ModelEntry, assets: Path) -> Path:
-    """The folder that a base's weights are read from, made first where they are packed here: once, a
-    tensor at a time. Not of random weights.
-
-    Raises:
-        UserError: see ``load_base``.
-    """
-    folder, source = weights_folder(model, assets), model.source
-    if source.bits is None or source.packing == "gptq":
-        return folder
-    return packed_folder(source, folder, assets, lambda: _read(model, folder, assets, make=True))
+def randomly_drawn(source: Source, config: Any, attention: str = "eager") -> Any:
+    """A transformers model of a configuration, drawn from torch's current seed, on the default
+    device, not packed."""
+    with with_transformers():
+        return _kind(source).from_config(config, **_options(source, attention))
 
 
 def _read(
@@ -182,40 +183,46 @@ def _read(
     classes: int = 0,
     device: torch.device | str = "cpu",
     *,
-    make: bool = False,
+    pack: bool = False,
 ) -> Any:
-    """The model of a folder's weights. ``make``: full ones, packed as they are read."""
-    from costbp.models.packed_hooks import packing_of
+    """The model of a folder's weights. ``pack``: full ones, packed as they are read."""
+    with with_transformers():
+        from costbp.models.packed_hooks import packing_of
 
-    quiet()
-    source, config = model.source, _config(model, assets, classes)
-    options: dict[str, Any] = {"config": config, "local_files_only": True, **_held(source)}
-    if torch.device(device).type != "cpu":
-        options["device_map"] = {"": device}
-    try:
-        packing = packing_of(source, getattr(config, "quantization_config", None))
-        if make:
-            options["quantization_config"] = packing
-        elif packing is not None:
-            config.quantization_config = packing.to_dict()
-        return _kind(source).from_pretrained(folder, **SAFE, **options)
-    except UserError as error:
-        raise UserError(f"model '{model.label}': {folder}: {error}") from None
-    except Exception as error:  # of transformers, safetensors, pickle, or a layer of ours
-        if out_of_memory(error):  # a result, not a mistake
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model '{model.label}': {folder} can't be loaded ({reason})") from error
+        source, config = _base(model), _config(model, assets, classes)
+        options: dict[str, Any] = {"config": config, "local_files_only": True, **_options(source)}
+        if torch.device(device).type != "cpu":
+            options["device_map"] = {"": device}
+        try:
+            packing = packing_of(source, getattr(config, "quantization_config", None))
+            if pack:
+                options["quantization_config"] = packing
+            elif packing is not None:
+                config.quantization_config = packing.to_dict()
+            return _kind(source).from_pretrained(folder, **SAFE, **options)
+        except UserError as error:
+            raise UserError(f"model '{model.label}': {folder}: {error}") from None
+        except Exception as error:  # of transformers, safetensors, pickle, or a layer of ours
+            if out_of_memory(error):  # a result, not a mistake
+                raise
+            raise UserError(
+                f"model '{model.label}': {folder} can't be loaded ({first_line(error)})"
+            ) from error
 
 
-def _kind(source: Held) -> Any:
+def _base(model: ModelEntry) -> Source:
+    assert model.base is not None, "a Python file without a base has nothing to load"
+    return model.base
+
+
+def _kind(source: Source) -> Any:
     import transformers
 
     return getattr(transformers, CLASSES[source.form])
 
 
-def _held(source: Held) -> dict[str, Any]:
-    return {"attn_implementation": "eager", "dtype": getattr(torch, source.dtype)}
+def _options(source: Source, attention: str = "eager") -> dict[str, Any]:
+    return {"attn_implementation": attention, "dtype": getattr(torch, source.dtype)}
 
 
 # weights are safetensors, or a state dict that holds tensors and nothing else
@@ -223,23 +230,20 @@ SAFE: dict[str, Any] = {"weights_only": True, "trust_remote_code": False}
 
 
 def _config(model: ModelEntry, assets: Path, classes: int) -> Any:
-    from transformers import AutoConfig
-
-    from costbp.models.full_size import transformers_config
-
-    source = model.source
+    source = _base(model)
     if isinstance(source, RandomSource):
-        config = transformers_config({"model_type": source.model_type, **source.config}, classes)
+        config = transformers_config(configuration(model, assets), classes)
     else:
+        from transformers import AutoConfig
+
         folder = weights_folder(model, assets)
         extra = {"num_labels": classes} if classes else {}
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, **extra)
         except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise UserError(f"{folder / 'config.json'}: {reason}") from error
+            raise UserError(f"{folder / 'config.json'}: {first_line(error)}") from error
         if isinstance(source, ConfigSource):
-            _agree(source, config, folder)
+            _compare(source, config, folder)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         part.use_cache = False
         for name in DROPOUTS:
@@ -250,44 +254,12 @@ def _config(model: ModelEntry, assets: Path, classes: int) -> Any:
     return config
 
 
-def positions(model: ModelEntry, assets: Path) -> int | None:
-    """Tokens that a model has positions for, less those that an image takes in the form ``fusion``;
-    None where its configuration doesn't say."""
-    source = model.source
-    if isinstance(source, RandomSource | ConfigSource):
-        values: dict[str, Any] = {"model_type": getattr(source, "model_type", "")} | source.config
-    else:
-        values = json.loads((weights_folder(model, assets) / "config.json").read_text())
-    text = values.get("text_config", values)
-    found = text.get("max_position_embeddings")
-    if found is None:
-        return None
-    taken = 2 if values.get("model_type") == "roberta" else 0  # they begin after the padding's
-    if source.form == "fusion":
-        taken += (source.image_side // CELL) ** 2
-    return int(found) - taken
-
-
-def _agree(source: ConfigSource, config: Any, folder: Path) -> None:
-    """The fetched weights are of the architecture that costs are traced of."""
+def _compare(source: ConfigSource, config: Any, folder: Path) -> None:
+    """Refuse fetched weights of other sizes than the catalog's, which costs are traced with."""
     ours, theirs = source.config.get("text_config", source.config), config.get_text_config()
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+    for name in REQUIRED:
         if ours[name] != getattr(theirs, name):
             raise UserError(
                 f"{folder / 'config.json'}: {name} = {getattr(theirs, name)}, and the catalog's "
                 f"models.yaml says {ours[name]}"
             )
-
-
-def vision_file(model: ModelEntry, assets: Path) -> Path:
-    """The weights of the vision encoder of form ``fusion``.
-
-    Raises:
-        UserError: there are none.
-    """
-    source = model.source
-    assert isinstance(source, AssetSource) and source.vision is not None, "checked when loaded"
-    found = sorted((assets / source.vision).glob("*.pth"))
-    if not found:
-        raise UserError(f"model asset '{source.vision}' is not in {assets}; run `costbp assets`")
-    return found[0]

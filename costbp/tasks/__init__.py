@@ -1,1 +1,1 @@
-"""Tasks: one module each, with ``read(folder) -> Examples``."""
+"""Tasks: one module each, which defines ``TASK``."""

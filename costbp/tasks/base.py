@@ -16,9 +16,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from costbp.config.catalog import TaskFile
 from costbp.errors import UserError
 
 Row = Mapping[str, Any]
+Rows = Callable[[Path], Iterable[tuple[str, Row]]]
 Metrics = dict[str, float]
 POOL = ""  # name of the split of a source that has one only
 
@@ -84,9 +86,11 @@ class Example:
     image: EncodedImage | None = field(default=None, repr=False)
 
 
-def accuracy(examples: Sequence[Example], given: Sequence[str]) -> Metrics:
-    """Share of answers that equal the example's."""
-    right = sum(e.answer == answer for e, answer in zip(examples, given, strict=True))
+def accuracy(
+    examples: Sequence[Example], given: Sequence[str], read: Callable[[str], str] = str
+) -> Metrics:
+    """Share of answers that equal the example's, of which ``read`` takes what counts."""
+    right = sum(read(e.answer) == answer for e, answer in zip(examples, given, strict=True))
     return {"accuracy": right / len(examples)}
 
 
@@ -126,7 +130,7 @@ class Task:
     example: Callable[[Row], Example]
     columns: tuple[str, ...]
     names: tuple[str, ...] = ()
-    rows: Callable[[Path], Iterable[tuple[str, Row]]] | None = None
+    rows: Rows | None = None
     instruction: str = ""
     parse: Callable[[str], str] = str.strip
     score: Callable[[Sequence[Example], Sequence[str]], Metrics] = accuracy
@@ -144,17 +148,23 @@ class Task:
         return self.score(examples, [common] * len(examples))["accuracy"]
 
 
-def labelled(names: Sequence[str]) -> Callable[[Row], Example]:
-    """Makes examples of rows that hold a ``text`` and a ``label`` of ``names``."""
+def text_task(names: tuple[str, ...], instruction: str, rows: Rows | None = None) -> Task:
+    """A task whose rows hold a ``text`` and a ``label`` of ``names``."""
 
     def example(row: Row) -> Example:
         return Example(" ".join(str(row["text"]).split()), named(row["label"], names))
 
-    return example
+    return Task(example, ("text", "label"), names, rows, instruction)
 
 
-def load_task(loader: str) -> Task:
-    """The task of a module in ``costbp/tasks``."""
+def load_task(loader: str | TaskFile) -> Task:
+    """The task of a module in ``costbp/tasks``, or of a Python file.
+
+    Raises:
+        UserError: the file defines no task.
+    """
+    if isinstance(loader, TaskFile):
+        return loader.call(Task)
     task: Task = import_module(f"costbp.tasks.{loader}").TASK
     return task
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from costbp.errors import UserError
-from costbp.tasks.base import POOL, Row, Task, labelled
+from costbp.tasks.base import POOL, Row, text_task
 
 NAMES = ("pandas", "scipy", "matplotlib", "sklearn")
 PER_CLASS = 700
@@ -21,11 +21,7 @@ MASK = re.compile(r"\b(pandas|pd|scipy|matplotlib|mpl|plt|pyplot|sklearn|scikit-
 
 
 def rows(folder: Path) -> Iterator[tuple[str, Row]]:
-    """Up to 700 paragraphs of each library.
-
-    Raises:
-        UserError: one of the libraries is not installed.
-    """
+    """Up to 700 paragraphs of each library."""
     for name in NAMES:
         yield from ((POOL, {"text": text, "label": name}) for _, text in documented(name))
 
@@ -63,10 +59,4 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, str]]:
                 yield getattr(node, "name", path.stem), paragraph
 
 
-TASK = Task(
-    example=labelled(NAMES),
-    columns=("text", "label"),
-    names=NAMES,
-    rows=rows,
-    instruction=f"Which library does this document: {', '.join(NAMES)}? Answer:",
-)
+TASK = text_task(NAMES, f"Which library does this document: {', '.join(NAMES)}? Answer:", rows)

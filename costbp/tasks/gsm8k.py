@@ -2,9 +2,9 @@
 arXiv 2110.14168). Scored by exact match of the final number."""
 
 import re
-from collections.abc import Sequence
+from functools import partial
 
-from costbp.tasks.base import Example, Metrics, Row, Task
+from costbp.tasks.base import Example, Row, Task, accuracy
 
 CALCULATOR = re.compile(r"<<[^>]*>>")  # annotations that nobody is to write
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
@@ -26,17 +26,11 @@ def final_number(text: str) -> str:
     return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
 
-def score(examples: Sequence[Example], given: Sequence[str]) -> Metrics:
-    """Share of answers that are the example's final number."""
-    right = sum(final_number(e.answer) == answer for e, answer in zip(examples, given, strict=True))
-    return {"accuracy": right / len(examples)}
-
-
 TASK = Task(
     example=example,
     columns=("question", "answer"),
     instruction="Answer step by step; end with #### and the number.",
     parse=final_number,
-    score=score,
+    score=partial(accuracy, read=final_number),
     new_tokens=256,
 )

@@ -5,7 +5,7 @@ ratings between -4 and 4 (Hutto and Gilbert 2014). Neither SST-2 nor the officia
 from collections.abc import Iterator
 from pathlib import Path
 
-from costbp.tasks.base import POOL, Row, Task, labelled
+from costbp.tasks.base import POOL, Row, text_task
 
 NAMES = ("negative", "positive")
 UNDECIDED = 0.5  # snippets whose mean rating is nearer to zero are left out
@@ -20,10 +20,4 @@ def rows(folder: Path) -> Iterator[tuple[str, Row]]:
             yield POOL, {"text": text, "label": float(rating) > 0}
 
 
-TASK = Task(
-    example=labelled(NAMES),
-    columns=("text", "label"),
-    names=NAMES,
-    rows=rows,
-    instruction="Is the review negative or positive? Answer:",
-)
+TASK = text_task(NAMES, "Is the review negative or positive? Answer:", rows)

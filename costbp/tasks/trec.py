@@ -7,7 +7,7 @@ The file is a concatenation of nested training subsets, so each question is kept
 from collections.abc import Iterator
 from pathlib import Path
 
-from costbp.tasks.base import POOL, Row, Task, labelled
+from costbp.tasks.base import POOL, Row, text_task
 
 NAMES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 
@@ -21,10 +21,4 @@ def rows(folder: Path) -> Iterator[tuple[str, Row]]:
             yield POOL, {"text": question, "label": label.partition(":")[0]}
 
 
-TASK = Task(
-    example=labelled(NAMES),
-    columns=("text", "label"),
-    names=NAMES,
-    rows=rows,
-    instruction=f"What does the question ask for? One of {', '.join(NAMES)}:",
-)
+TASK = text_task(NAMES, f"What does the question ask for? One of {', '.join(NAMES)}:", rows)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from costbp.tasks.base import POOL, Example, Row, Task
-from costbp.tasks.gsm8k import final_number, score
+from costbp.tasks.gsm8k import TASK as GSM8K
 
 COUNT, SEED = 4000, 0
 PEOPLE = ("Ada", "Ben", "Chen", "Dara", "Emil", "Fatou", "Grace", "Hugo", "Ines", "Jonas")
@@ -55,7 +55,7 @@ TASK = Task(
     columns=("question", "answer"),
     rows=rows,
     instruction="Answer with the number:",
-    parse=final_number,
-    score=score,
+    parse=GSM8K.parse,
+    score=GSM8K.score,
     new_tokens=12,
 )

@@ -22,6 +22,7 @@ from costbp.console import say
 from costbp.cost.pairs import traced_cost
 from costbp.cost.record import CostRecord
 from costbp.cost.step import CostCounter
+from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.device import free, memory_of, name_of, out_of_memory
 from costbp.device_pool import device_slot, largest_memory
@@ -141,7 +142,7 @@ class _Session:
     def __init__(self, plan: Plan, spec: RunSpec, device: torch.device) -> None:
         self.plan, self.device = plan, device
         self.assets = plan.study.paths.cache / "assets"
-        self.data = load_prepared(prepare(plan, *spec.cell[:2]))
+        self.data = load_prepared(prepare(Pair.of(plan, *spec.cell[:2])))
         self.counters: dict[str, CostCounter] = {}
         self.memory = _memory(plan, device)
 

@@ -19,14 +19,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from costbp.config.catalog import ConfigSource, LoraTraining, ModelEntry
+from costbp.config.catalog import LoraTraining, ModelEntry
 from costbp.config.methods import MethodEntry
+from costbp.config.sources import ConfigSource
 from costbp.cost.bench import Bench
 from costbp.device import free, out_of_memory
 from costbp.estimators.memory_plans import PLANS
 from costbp.estimators.probe import settle
-from costbp.models.families import family_batch, family_source
-from costbp.models.full_size import build_full_size
+from costbp.models.architecture import sample_batch, transformers_config
+from costbp.models.build import build_from_config
 from costbp.objective import Batch, Key, Objective
 
 STEPS = 3
@@ -38,14 +39,8 @@ PRECISIONS: Mapping[str, dict[str, Any]] = {
 CLOSE = {"float32": 1e-3, "bfloat16": 0.1, "4 bits": 0.1}  # relative, of the gradient estimates
 NOISY = 1.0  # the same of differences that a base in half precision rounds
 PREDICTED = 0.05  # of the allocator's bytes
-SMALL = {"hidden": 64, "layers": 3, "heads": 4, "vocabulary": 256}
-LARGE = {
-    "hidden": 2048,
-    "layers": 16,
-    "heads": 32,
-    "inner": 8192,
-    "vocabulary": 128256,
-}  # 1.5 G weights
+SMALL = (64, 3, 4, 256)  # hidden size, layers, heads, vocabulary
+LARGE = (2048, 16, 32, 128256)  # 1.5 G weights
 
 
 @dataclass
@@ -89,8 +84,20 @@ def as_json(found: list[Check], about: Mapping[str, str]) -> str:
 # --- methods ---------------------------------------------------------------------------------------
 
 
-def _entry(sizes: Mapping[str, int], dropout: float = 0.0, **held: Any) -> ModelEntry:
-    source = family_source("llama", **sizes).model_copy(update=held)
+def _entry(sizes: tuple[int, ...], dropout: float = 0.0, **held: Any) -> ModelEntry:
+    hidden, layers, heads, vocabulary = sizes
+    config = {
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "max_position_embeddings": 600,
+    }
+    held = {"dtype": "float32"} | held
+    source = ConfigSource(kind="config", form="causal", config=config, **held)
     targets = ("q_proj", "v_proj")
     train = LoraTraining(kind="lora", rank=2, alpha=4, dropout=dropout, targets=targets)
     return ModelEntry(label="random Llama", source=source, train=train)
@@ -100,8 +107,8 @@ def _objective(entry: ModelEntry, device: torch.device) -> tuple[Objective, Batc
     """The same random model and batch, whatever the device."""
     torch.manual_seed(0)
     assert isinstance(entry.source, ConfigSource)
-    made = build_full_size(entry.source, entry.train, adapters_at_zero=False)
-    data = family_batch("llama", 4, 24, SMALL["vocabulary"])
+    made = build_from_config(entry.source, entry.train, adapters_at_zero=False)
+    data = sample_batch(transformers_config(entry.source.config), "causal", 4, 24)
     moved = {name: tensor.to(device) for name, tensor in data.items()}
     return Objective(made.module.to(device), made.loss), moved
 

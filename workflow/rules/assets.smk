@@ -22,7 +22,7 @@ rule prepare:
     input:
         lambda wildcards: [
             RESULTS / "assets" / f"{name}.json"
-            for name in PLAN.fetched(wildcards.model, wildcards.task)
+            for name in PLAN.to_fetch(wildcards.model, wildcards.task)
         ],
     output:
         RESULTS / "prepared" / "{model}" / "{task}.json",

@@ -1,4 +1,4 @@
-"""Shipped studies in tiny: an overlay that changes sizes and nothing else, and the commands of the
+"""Shipped studies made small: an overlay that changes sizes and nothing else, and the commands of the
 workflow's rules run one after the other in this process, which starts no program a job."""
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COMMAND = re.compile(r"^Shell command: (.*costbp .*)$", re.MULTILINE)
 # --- what is laid over ---------------------------------------------------------------------------
 
 
-def tiny(study: Path, budget: dict[str, Any]) -> dict[str, Any]:
+def smaller(study: Path, budget: dict[str, Any]) -> dict[str, Any]:
     """What is laid over a shipped study: one seed, small models, tasks and budgets, on the CPU. Its
     models, tasks, methods and points of evaluation stay."""
     given, budgets, tasks = (
@@ -63,7 +63,7 @@ def tiny(study: Path, budget: dict[str, Any]) -> dict[str, Any]:
             "budgets": dict.fromkeys(units, budget),
         },
         "tuning": {"file": "absent.yaml"},
-        "resources": {"gpu": 0},
+        "resources": {"gpu": 0, "methods_per_job": 8},
         "device": "cpu",
     }
     if "experiments" in given:
@@ -86,10 +86,10 @@ def fewer(costs: dict[str, Any]) -> dict[str, Any]:
 
 
 def lay_over(study: str, budget: dict[str, Any] = SPENT) -> tuple[Plan, list[str]]:
-    """The plan of a tiny study, everything it needs fetched, and the options that name it. In a
+    """The plan of a study made small, everything it needs fetched, and the options that name it. In a
     working copy."""
-    over = Path(f"{study}.tiny.yaml")
-    over.write_text(yaml.safe_dump(tiny(SHIPPED[study], budget)))
+    over = Path(f"{study}.small.yaml")
+    over.write_text(yaml.safe_dump(smaller(SHIPPED[study], budget)))
     shipped = [] if study == "laptop" else [SHIPPED[study]]
     plan = load_plan([*shipped, over])
     assert list(plan.cells()) == list(load_plan(shipped).cells())

@@ -7,13 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from costbp.config.catalog import ConfigSource, FullTraining, HeadTraining, LoraTraining
-from costbp.models.full_size import (
-    Training,
-    build_full_size,
-    sample_batch,
-    transformers_config,
-)
+from costbp.config.catalog import ConfigSource, FullTraining, HeadTraining, LoraTraining, Training
+from costbp.models.architecture import sample_batch, transformers_config
+from costbp.models.build import build_from_config
 from costbp.objective import Batch, Objective
 
 Train = Literal["lora", "head", "full"]
@@ -106,7 +102,7 @@ def family_objective(
     }
     torch.manual_seed(seed)
     source = family_source(family, **sizes)
-    return build_full_size(source, kinds[train], attention=attention, adapters_at_zero=False)
+    return build_from_config(source, kinds[train], attention=attention, adapters_at_zero=False)
 
 
 def family_batch(

@@ -3,7 +3,6 @@ features as its first tokens, as a projection hands them over (the way of LLaVA,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from costbp.errors import UserError
+from costbp.config.catalog import Training
+from costbp.errors import UserError, first_line
+from costbp.models.modules import Classifier, mean_pool
+from costbp.models.trainable import trainable
 from costbp.objective import Batch
 
 # EfficientNet-lite0 (Tan and Le 2019, arXiv 1905.11946; without squeeze-and-excitation, ReLU6):
@@ -27,7 +29,6 @@ STAGES = (
 )
 STEM = 32
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the carrier's images
-CELL = 32  # pixels a side that make one vector
 
 
 class _Convolution(nn.Conv2d):
@@ -69,32 +70,15 @@ class _Block(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """EfficientNet-lite0 up to its last block, frozen, its normalisation always in evaluation mode.
-
-    Args:
-        file: state dict of the published weights, named as there.
-
-    Raises:
-        UserError: the file isn't such a state dict.
-    """
+    """EfficientNet-lite0 up to its last block, frozen, its normalisation always in evaluation mode;
+    names of tensors are those of the published weights."""
 
     width = STAGES[-1][-1]
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, file: Path) -> None:
-        self._build()
-        try:
-            state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-            self.load_state_dict({name: state[name] for name in self.state_dict()})
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file}: no weights of EfficientNet-lite0 ({reason})") from error
-        self.requires_grad_(False)
-        self.eval()
-
-    def _build(self) -> None:
-        nn.Module.__init__(self)
+    def __init__(self) -> None:
+        super().__init__()
         self._conv_stem, self._bn0 = _Convolution(3, STEM, 3, 2), _norm(STEM)
         blocks, inputs = [], STEM
         for count, kernel, stride, wider, outputs in STAGES:
@@ -104,12 +88,29 @@ class VisionEncoder(nn.Module):
         self._blocks = nn.Sequential(*blocks)
         for name, values in (("mean", MEAN), ("deviation", DEVIATION)):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def read(self, file: Path) -> VisionEncoder:
+        """Itself, with the weights of a state dict.
+
+        Raises:
+            UserError: the file isn't such a state dict.
+        """
+        try:
+            state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+            self.load_state_dict({name: state[name] for name in self.state_dict()})
+        except Exception as error:
+            raise UserError(
+                f"{file}: no weights of EfficientNet-lite0 ({first_line(error)})"
+            ) from error
+        return self
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Vectors [n, cells, width] of images [n, 3, side, side], bytes."""
+        """Vectors [n, cells, width] of images [n, 3, side, side], bytes; a cell is 32 x 32."""
         x = (pixels.to(self.mean.dtype) - self.mean) / self.deviation
         x = self._blocks(F.relu6(self._bn0(self._conv_stem(x))))
         return x.flatten(2).transpose(1, 2)
@@ -121,14 +122,11 @@ class Fusion(nn.Module):
     Args:
         model: a BERT-like encoder.
         vision: gives ``width`` numbers for each cell of an image.
-        pool: hidden states [n, length, hidden] and mask to features.
     """
 
-    def __init__(
-        self, model: Any, vision: VisionEncoder, pool: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
+    def __init__(self, model: Any, vision: VisionEncoder) -> None:
         super().__init__()
-        self.model, self.vision, self.pool = model, vision, pool
+        self.model, self.vision = model, vision
         self.width: int = model.config.hidden_size
         embedding = model.get_input_embeddings().weight
         self.projection = nn.Linear(vision.width, self.width)
@@ -145,4 +143,12 @@ class Fusion(nn.Module):
         states = self.model(
             inputs_embeds=torch.cat([seen.to(words.dtype), words], 1), attention_mask=mask
         ).last_hidden_state
-        return self.pool(states, mask)
+        return mean_pool(states, mask)
+
+
+def build(base: Any, classes: int, train: Training, assets: dict[str, Path]) -> nn.Module:
+    """The classifier of images and questions: adapters in the text encoder, projection and head are
+    trained."""
+    adapted = trainable(base, "encoder", train)
+    vision = VisionEncoder().read(assets["efficientnet_lite0"] / "efficientnet-lite0.pth")
+    return Classifier(Fusion(adapted, vision), classes)

@@ -1,23 +1,17 @@
-"""Models from a configuration in the hub's format: any family, any size, in the study's form."""
+"""Configurations in the hub's format: what a model's sizes are, and random batches that fit it."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from costbp.config.catalog import ConfigSource, FullTraining, LoraTraining
 from costbp.errors import UserError
-from costbp.models.loss import ChunkedLoss, already, cross_entropy
-from costbp.models.quantised import QuantisedLinear, replace_packed
-from costbp.models.trainable import Training, Transformer, trainable
-from costbp.models.weights import quiet
-from costbp.objective import Batch, Objective
+from costbp.objective import Batch
 
 REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 PATCHES = 20  # a side of an image
@@ -55,63 +49,12 @@ def transformers_config(values: Mapping[str, Any], classes: int = 4) -> Any:
     return config
 
 
-def longest(config: Any) -> int:
-    """Tokens that the model has positions for."""
-    text = config.get_text_config()
-    offset = 2 if text.model_type == "roberta" else 0  # its positions begin after the padding's
-    limit: int = text.max_position_embeddings
-    return limit - offset
-
-
-def build_full_size(
-    source: ConfigSource,
-    train: Training,
-    classes: int = 4,
-    *,
-    attention: str = "eager",
-    adapters_at_zero: bool = True,
-) -> Objective:
-    """The objective of a model on the current default device, in training mode, random weights.
-
-    Trained parameters are float32 whatever the base's dtype is, as peft keeps them.
-
-    Args:
-        classes: of a classifier.
-        attention: ``eager``, or ``sdpa`` for the fused kernel, which is not counted on a CPU.
-        adapters_at_zero: start LoRA's second factor at zero, as in training.
-    """
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoModelForSequenceClassification,
-    )
-
-    quiet()
-    forms: dict[str, Any] = {
-        "classifier": AutoModelForSequenceClassification,
-        "causal": AutoModelForCausalLM,
-        "image_text": AutoModelForImageTextToText,
-    }
-    config = transformers_config(source.config, classes)
-    if source.form == "classifier" and config.pad_token_id is None:
-        config.pad_token_id = 0  # where a sequence ends, which a decoder's classifier looks for
-    model = forms[source.form].from_config(
-        config, attn_implementation=attention, dtype=getattr(torch, source.dtype)
-    )
-    if source.bits is not None:
-        if isinstance(train, FullTraining):
-            raise UserError(
-                "source.bits = 4: a packed base can't be trained in full; use train lora"
-            )
-        replace_packed(model, partial(QuantisedLinear, group=source.group))
-    model = trainable(model, source.form, train, adapters_at_zero=adapters_at_zero)
-    vocabulary = 0 if source.form == "classifier" else config.get_text_config().vocab_size
-    if source.loss_chunk is None or not vocabulary:
-        return Objective(Transformer(model, vocabulary).train(), cross_entropy)
-    whole: Any = model.get_base_model() if isinstance(train, LoraTraining) else model  # type: ignore[operator]
-    head = whole.get_output_embeddings()
-    chunked = ChunkedLoss(whole.model, head, source.loss_chunk, vocabulary)
-    return Objective(chunked.train(), already)
+def longest(values: Mapping[str, Any]) -> int | None:
+    """Tokens that a model of this configuration has positions for; None where it doesn't say."""
+    found = values.get("text_config", values).get("max_position_embeddings")
+    if found is None:
+        return None
+    return int(found) - (2 if values.get("model_type") == "roberta" else 0)  # they begin at two
 
 
 def sample_batch(config: Any, form: str, batch: int, length: int, classes: int = 4) -> Batch:
@@ -122,8 +65,9 @@ def sample_batch(config: Any, form: str, batch: int, length: int, classes: int =
     Raises:
         UserError: longer than the model's positions, or too short for any image.
     """
-    if length > longest(config):
-        raise UserError(f"length {length} exceeds the model's maximum of {longest(config)} tokens")
+    limit = longest(config.to_dict())
+    if limit is not None and length > limit:
+        raise UserError(f"length {length} exceeds the model's maximum of {limit} tokens")
     generator = torch.Generator().manual_seed(0)
     vocabulary = config.get_text_config().vocab_size
     ids = torch.randint(10, vocabulary, (batch, length), generator=generator, device="cpu")
