@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -266,6 +267,12 @@ def test_hash_covers_what_changes_a_result_and_nothing_else(workdir):
     edit(workdir / "config/catalog/methods.yaml", "{kind: central}", "{kind: central, eps: 1.0e-2}")
     assert load_plan().spec(cell, 0).hash != before
     assert load_plan().spec(cell, 1).hash != load_plan().spec(cell, 0).hash
+
+
+def test_every_schema_that_a_file_names_is_there():
+    for file in sorted((ROOT / "config").rglob("*.yaml")):
+        named = re.match(r"# yaml-language-server: \$schema=(\S+)", file.read_text())
+        assert named is None or (file.parent / named[1]).is_file(), file
 
 
 def test_schemas_are_in_step_and_accept_what_ships():
