@@ -301,6 +301,14 @@ def test_what_a_study_can_name_is_listed_without_torch(workdir):
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
+def test_groups_of_one_name_are_listed_by_kind(workdir):
+    with Path("config/catalog/groups.yaml").open("a") as stream:
+        stream.write("\nmodels:\n  study: [minilm_lora]\n")
+    listed = json.loads(CliRunner().invoke(app, ["list", "groups", "--json"]).stdout)
+    assert set(listed) == {"methods.study", "models.study"}
+    assert listed["models.study"]["members"] == "minilm_lora"
+
+
 def test_a_group_stands_for_its_members(workdir):
     study = Path("study.yaml")
     block = {"models": ["minilm_lora"], "tasks": ["trec"], "budgets": ["units_240"]}
