@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -268,6 +269,12 @@ def test_hash_covers_what_changes_a_result_and_nothing_else(workdir):
     assert load_plan().spec(cell, 1).hash != load_plan().spec(cell, 0).hash
 
 
+def test_every_schema_that_a_file_names_is_there():
+    for file in sorted((ROOT / "config").rglob("*.yaml")):
+        named = re.match(r"# yaml-language-server: \$schema=(\S+)", file.read_text())
+        assert named is None or (file.parent / named[1]).is_file(), file
+
+
 def test_schemas_are_in_step_and_accept_what_ships():
     for name, text in schemas().items():
         path = ROOT / "workflow/schemas" / name
@@ -292,6 +299,14 @@ def test_what_a_study_can_name_is_listed_without_torch(workdir):
     script = "import sys; from costbp.cli import app; app(['list'], standalone_mode=False)"
     script += "; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_groups_of_one_name_are_listed_by_kind(workdir):
+    with Path("config/catalog/groups.yaml").open("a") as stream:
+        stream.write("\nmodels:\n  study: [minilm_lora]\n")
+    listed = json.loads(CliRunner().invoke(app, ["list", "groups", "--json"]).stdout)
+    assert set(listed) == {"methods.study", "models.study"}
+    assert listed["models.study"]["members"] == "minilm_lora"
 
 
 def test_a_group_stands_for_its_members(workdir):

@@ -180,7 +180,7 @@ def own(workdir):
     folder.mkdir(parents=True)
     rows = [f"{i % 2},{('see you', 'WIN now')[i % 2]}  at {i}" for i in range(60)]
     (folder / "sms_spam.csv").write_text("\n".join(["spam,text", *rows]))
-    block = {"models": ["word_bag"], "tasks": ["sms_spam"], "methods": ["bp_vanilla"], "budgets": ["five"]}  # fmt: skip
+    block = {"models": ["word_bag"], "tasks": ["sms_spam"], "methods": ["bp_vanilla", "bp_checkpointing"], "budgets": ["five"]}  # fmt: skip
     entries = {
         "tasks": {"sms_spam": {"validation": 8, "test": 8, "batch_size": 4}},
         "methods": {"bp_vanilla": {"optimizer": {"lr": 0.1}}},

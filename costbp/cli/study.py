@@ -294,7 +294,7 @@ def list_entries(
 
 
 COLUMNS = {
-    "groups": ("kind", "members"),
+    "groups": ("members",),
     "claims": ("title", "reading"),
     "studies": ("file", "description"),
 }
@@ -312,7 +312,7 @@ def entries(study: Plan, kind: str) -> dict[str, dict[str, Any]]:
     if kind == "groups":
         groups = load_groups(study.study.catalog, study.catalog)
         return {
-            name: {"kind": of, "members": ", ".join(members)}
+            f"{of}.{name}": {"members": ", ".join(members)}
             for of, found in groups.items()
             for name, members in found.items()
         }

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from costbp.config.catalog import Catalog
 from costbp.config.claims import Claims
+from costbp.config.groups import Groups
 from costbp.config.study import Study
 
 
@@ -18,6 +19,7 @@ def schemas() -> dict[str, str]:
     models: dict[str, TypeAdapter[Any]] = {
         "study": TypeAdapter(Study),
         "claims": TypeAdapter(Claims),
+        "groups": TypeAdapter(Groups),
     }
     for kind, field in Catalog.model_fields.items():
         models[kind] = TypeAdapter(dict[str, get_args(field.annotation)[1]])  # type: ignore[arg-type, misc]
