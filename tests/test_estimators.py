@@ -197,7 +197,10 @@ def test_an_estimator_from_a_file(objective, tmp_path):
 
 @pytest.mark.parametrize(
     ("function", "words"),
-    [("missing", "has no function 'missing'"), ("wrong", "must return a costbp.estimators.Estimator, not")],
+    [
+        ("missing", "has no function 'missing'"),
+        ("wrong", "must return a costbp.estimators.Estimator, not"),
+    ],
 )
 def test_mistakes_in_a_file_are_one_line(tmp_path, function, words):
     with pytest.raises(UserError, match=words) as caught:
