@@ -314,19 +314,15 @@ def test_what_a_device_tells():
     assert measured.allocator_peaks(GPU) == other
     backend.waits.clear()
     measured.synchronise(one.device)
-    assert len(backend.waits) == 1 and "measure/device.py" in backend.waits[0]
+    assert len(backend.waits) == 1 and "costbp/device.py" in backend.waits[0]
 
 
 @apart
 def test_random_numbers_of_a_device_are_its_own():
     drawn = lambda device: torch.rand(3, device=device).tolist()  # noqa: E731
     torch.manual_seed(3)
-    start, (_, other) = measured.random_state(SECOND), measured.random_state(GPU)
     numbers = [drawn(SECOND) for _ in range(3)]
-    with measured.randomness_from(start, SECOND):
-        assert [drawn(SECOND) for _ in range(3)] == numbers
     assert drawn(SECOND) not in numbers
-    assert torch.equal(measured.random_state(GPU)[1], other)
     assert drawn(GPU) == numbers[0] == drawn(CPU)  # seeded alike
 
 

@@ -143,7 +143,9 @@ def time_to_same_accuracy(plan: Plan, frames: Frames, claim: Claim) -> Finding:
     if ratios:
         low, high = (100 * (1 - 1 / ratio) for ratio in (min(ratios), max(ratios)))
         finding.value = high
-        finding.measured = f"{low:.1f} to {high:.1f} % less time"
+        finding.measured = (
+            f"{min(ratios):.1f}x to {max(ratios):.1f}x, so {low:.1f} to {high:.1f} % less time"
+        )
     return finding
 
 
