@@ -58,6 +58,7 @@ class State:
     flops: int = 0
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    counting_seconds: float = 0.0
     peak_bytes: int = 0
     non_finite: int = 0
     resumed: int = 0
@@ -202,7 +203,9 @@ class Run:
         while True:
             key = Key(self.spec.seed, state.step)
             batches = self.batches()
+            start = time.perf_counter()
             cost = self.cost_of(self.objective, batches, key)
+            state.counting_seconds += time.perf_counter() - start
             if self.spent(cost) > 1 + 1e-9:
                 break
             while state.evaluated < len(points) and points[state.evaluated] <= self.spent() + 1e-12:
@@ -345,6 +348,7 @@ class Run:
             difference_snr=probe.snr if probe else None,
             difference_cosine=probe.cosine if probe else None,
             probe_forwards=probe.forwards if probe else 0,
+            counting_seconds=state.counting_seconds,
             step_seconds=self._step_seconds(),
             forward_seconds=self._forward_seconds() if test else None,
             allocated_bytes=state.allocated or None,

@@ -57,6 +57,7 @@ class Summary(BaseModel):
         forward_units, flops: spent on training, evaluation not included.
         seconds: wall time of training steps; evaluation and counting not included.
         evaluation_seconds: wall time of evaluations.
+        counting_seconds: wall time of counting what steps of a new kind cost.
         peak_bytes: largest step peak beyond parameters, gradient and optimiser state.
         state_bytes: trainable vector, its gradient, optimiser state.
         weights_bytes: frozen parameters and buffers.
@@ -89,6 +90,7 @@ class Summary(BaseModel):
     flops: int = 0
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    counting_seconds: float = 0.0
     peak_bytes: int = 0
     state_bytes: int = 0
     weights_bytes: int = 0

@@ -34,6 +34,7 @@ rule prepare:
     benchmark:
         LOGS / "prepare" / "{model}-{task}.benchmark.jsonl"
     threads: 1
+    priority: 2  # all else waits for it
     resources:
         mem_mb=PLAN.study.resources.mem_mb,
         runtime=PLAN.study.resources.runtime,
