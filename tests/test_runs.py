@@ -19,6 +19,7 @@ import torch
 from costbp.analysis.frames import Frames
 from costbp.analysis.report import differences
 from costbp.config import Cell, OptimizerSpec, load_plan
+from costbp.cost.pairs import pair_costs
 from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.device_pool import first_free
@@ -259,3 +260,14 @@ def test_a_resumed_run_keeps_the_step_of_its_differences(plan):
     second = prepared_run(plan, spec)
     second.load_state_dict(first.state_dict())
     assert second.estimator.difference.step == 0.25 and second.estimator.difference.float32
+
+
+def test_state_in_the_cost_table_is_that_of_the_tuned_optimiser(plan):
+    """AdamW's moments count where it is what trains, though the catalog's default has none."""
+    model, task, method, _ = HEAD
+    moments = OptimizerSpec(name="adamw", lr=0.001)
+    choices = ({}, {model: {task: {method: moments}}})
+    plans = [plan.model_copy(update={"tuned": choice}) for choice in choices]
+    plain, tuned = (pair_costs(p, model, task, [method])[0] for p in plans)
+    assert tuned.state_bytes - plain.state_bytes == 2 * 4 * plain.d + 4
+    assert tuned.flops == plain.flops

@@ -299,6 +299,7 @@ class Plan(Strict):
         catalog = self.catalog
         entries = (catalog.models[model], catalog.tasks[task], catalog.methods[method])
         identity = [entry.identity() for entry in entries]
+        identity.append(self.optimizer(Cell(model, task, method, ""))[0].model_dump(mode="json"))
         device = self.study.device
         return short_hash([FORMAT, COSTS, device, self.assets_of(model, task), *identity])
 

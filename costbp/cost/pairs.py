@@ -14,7 +14,7 @@ from costbp.config.catalog import ModelEntry
 from costbp.config.entries import short_hash
 from costbp.config.shares import Shares
 from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource, Source
-from costbp.config.study import Plan
+from costbp.config.study import Cell, Plan
 from costbp.console import say
 from costbp.cost.bench import CLASSES, Bench
 from costbp.cost.record import CostRecord
@@ -156,7 +156,8 @@ def _on_data(
     module = build_model(entry, len(data.names), assets, 0, data.width, device)
     objective = Objective(module, cross_entropy)
     batch = to_device(BatchStream(data.splits["train"], rows, 0)[0], device)
-    optimizer = chosen.optimizer.build(objective.theta)
+    used, _ = plan.optimizer(Cell(model, task, method, ""))  # tuned or not, as in training
+    optimizer = used.build(objective.theta)
     found = measure_step(objective, chosen.build(), optimizer, batch, timed=timed)
     shares = Shares(tensors=len(objective.slices), blocks=len(blocks(module)))
     return CostRecord(
