@@ -13,7 +13,8 @@ from costbp.own_loop import Method, Steps
 
 class Trainer(transformers.Trainer):
     """``transformers.Trainer`` that asks a method for gradients instead of backpropagating. Optimiser,
-    schedule, clipping, evaluation, checkpoints and callbacks are the Trainer's own.
+    schedule, clipping, evaluation, checkpoints and callbacks are the Trainer's own. What an estimator
+    remembers (masks, calibrated scales) begins anew where the Trainer continues from a checkpoint.
 
     Args:
         method: of the catalog; it must look at one batch a step, as all do but for accumulation and

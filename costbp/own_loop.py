@@ -18,7 +18,7 @@ from costbp.config.read import read_yaml, validate
 from costbp.errors import UserError, suggest
 from costbp.estimators.base import Estimate
 from costbp.estimators.probe import settle
-from costbp.objective import Batch, Key, Objective
+from costbp.objective import Key, Objective
 
 Loss = Callable[[nn.Module, Any], Tensor]
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -80,8 +80,7 @@ class Steps:
     """
 
     def __init__(self, method: Method, module: nn.Module, loss: Loss, seed: int) -> None:
-        self._called = _Called(module, loss)
-        self.objective = Objective(self._called, lambda output, batch: output)
+        self.objective = Objective(_Called(module, loss), lambda output, batch: output)
         self.estimator = method.entry.build()
         make, theta = method.make_optimizer, self.objective.theta
         self.optimizer = make([theta]) if make else method.entry.optimizer.build(theta)
@@ -104,7 +103,7 @@ class Steps:
                 f"step {self.step} looks at {self.batches} batches, not {len(batches)}"
             )
         self.objective.hold_gradients()
-        flat, key = [self._called.flat(batch) for batch in batches], Key(self.seed, self.step)
+        flat, key = [_Flat(batch) for batch in batches], Key(self.seed, self.step)
         if not self._settled:
             settle(self.objective, self.estimator, flat[0], key)
             self._settled = True
@@ -135,7 +134,9 @@ class Steps:
             "step": self.step,
             "optimizer": self.optimizer.state_dict(),
             "estimator": self.estimator.state_dict(),
-            "difference": vars(difference) if difference is not None and self._settled else None,
+            "difference": dict(vars(difference))
+            if difference is not None and self._settled
+            else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -148,21 +149,20 @@ class Steps:
         self._settled = self.step > 0
 
 
+class _Flat(dict[str, Tensor]):
+    """A batch's tensors by number, and how to put it together again."""
+
+    def __init__(self, batch: Any) -> None:
+        self.leaves, self.structure = tree_flatten(batch)
+        super().__init__({str(i): v for i, v in enumerate(self.leaves) if isinstance(v, Tensor)})
+
+
 class _Called(nn.Module):
-    """A module and its loss as a module that is called with the tensors of a batch by number."""
+    """A module and its loss as a module that is called with a flat batch; returns the loss []."""
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.module, self.loss = module, loss
-        self._structure: Any = None
 
-    def flat(self, batch: Any) -> Batch:
-        """A batch's tensors by number. All batches of a step have one structure."""
-        leaves, self._structure = tree_flatten(batch)
-        self._others = {i: v for i, v in enumerate(leaves) if not isinstance(v, Tensor)}
-        return {str(i): v for i, v in enumerate(leaves) if isinstance(v, Tensor)}
-
-    def forward(self, batch: Batch) -> Tensor:
-        leaves = {**{int(name): value for name, value in batch.items()}, **self._others}
-        ordered = [leaves[index] for index in range(len(leaves))]
-        return self.loss(self.module, tree_unflatten(ordered, self._structure))
+    def forward(self, batch: _Flat) -> Tensor:
+        return self.loss(self.module, tree_unflatten(batch.leaves, batch.structure))

@@ -319,3 +319,18 @@ def test_a_group_stands_for_its_members(workdir):
     Path("config/catalog/groups.yaml").unlink()
     with pytest.raises(UserError, match="'study' is not in"):
         load_plan([study])
+
+
+@pytest.mark.parametrize("most", [1, 4, 100])
+def test_each_experiment_is_in_one_job_of_at_most_so_many_methods(monkeypatch, most):
+    monkeypatch.chdir(ROOT)
+    plan = load_plan()
+    resources = plan.study.resources.model_copy(update={"methods_per_job": most})
+    study = plan.study.model_copy(update={"resources": resources})
+    jobs = list(plan.model_copy(update={"study": study}).jobs())
+    found = [Cell(m, t, name, budget) for m, t, budget, names in jobs for name in names]
+    assert sorted(found) == sorted(plan.cells())
+    sizes = [len(names) for *_, names in jobs]
+    assert max(sizes) <= most and (most > 1 or len(jobs) == len(found))
+    hashes = [plan.hashes(m, t, "+".join(names), budget) for m, t, budget, names in jobs]
+    assert sum(map(len, hashes)) == plan.runs == len({h for part in hashes for h in part})

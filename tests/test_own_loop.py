@@ -85,24 +85,51 @@ def test_a_loop_that_continues_is_bit_equal(name):
     first = begun()
     list(first.over(loader(24)[:13]))
     second = begun()
-    second._called.load_state_dict(first._called.state_dict())
+    second.objective.module.load_state_dict(first.objective.module.state_dict())
     second.load_state_dict(first.state_dict())
     list(second.over(loader(24)[13:]))
     assert second.step == whole.step
     assert torch.equal(second.objective.theta, whole.objective.theta)
 
 
-def test_batches_may_be_mappings_with_other_things_in_them():
+@pytest.mark.parametrize("name", ["fmad_multiple", "zo_multiple"])
+def test_batches_may_be_mappings_with_other_things_in_them(name):
     def by_name(module, batch):
         assert batch["name"] == "a batch"
         return F.cross_entropy(module(batch["x"]), batch["y"])
 
     module = network()
     x, y = loader(1)[0]
-    steps = costbp.method("fmad_multiple", optimizer=SGD).on(module, by_name)
-    batch = {"name": "a batch", "x": x, "y": y}
+    steps = costbp.method(name, optimizer=SGD).on(module, by_name)
+    batch = {"name": "a batch", "x": x, "y": y}  # the first leaf is no tensor
     values = [float(steps(batch)) for _ in range(60)]
     assert values[-1] < 0.9 * values[0]
+
+
+def test_each_batch_of_a_step_keeps_what_is_no_tensor():
+    seen = []
+
+    def weighted(module, batch):
+        x, factor = batch
+        seen.append(factor)
+        return factor * module(x).square().mean()
+
+    steps = costbp.method("bp_accumulate", optimizer=SGD).on(network(), weighted)
+    steps(*((x, 10**i) for i, (x, _) in enumerate(loader(4))))
+    assert seen == [1, 10, 100, 1000]
+
+
+def test_differences_are_settled_before_the_first_step_unless_their_eps_is_set():
+    for settings, eps in (({}, 1e-3), ({"estimator.oracle.eps": 0.02}, 0.02)):
+        steps = costbp.method("zo_vanilla", settings=settings).on(network(), loss)
+        asked = steps.estimator.difference
+        assert asked.eps == settings.get("estimator.oracle.eps")
+        steps(loader(1)[0])
+        assert asked.eps == eps
+    # of a loss of ten thousand float32's last digit is 0.001: the usual step drowns in it
+    steps = costbp.method("zo_vanilla").on(network(), lambda m, batch: m(batch[0]).mean() + 1e4)
+    steps.estimate(loader(1)[0])
+    assert steps.estimator.difference.eps > 1e-3
 
 
 def test_mistakes_are_one_sentence():

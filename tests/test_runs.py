@@ -233,6 +233,7 @@ def test_a_run_records_how_it_took_its_steps(plan):
     assert summary.learning_rate == spec.optimizer.lr
     assert summary.forward_units == 2 * summary.steps == 400  # the probe is not charged
     assert 0 < summary.forward_seconds < summary.step_seconds < summary.seconds
+    assert summary.counting_seconds > 0
     assert summary.allocated_bytes is None and summary.predicted_bytes is None
     (exact,) = run_specs(plan, plan.specs(HEAD)[:1])
     assert exact.summary.eps is None and exact.summary.difference_snr is None

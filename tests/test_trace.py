@@ -70,6 +70,7 @@ def test_units_are_those_of_products_counted_by_hand(plan, family, train):
         "fzoo",
     ):
         cost = bench.cost(name, plan.catalog.methods[name], 3, 32)
+        assert cost.beyond == cost.peak_bytes + cost.state_bytes
         # forward mode also multiplies by the first block's keys, whose tangents are zeros
         loose = 0.005 if name.startswith("fmad") else 1e-6
         assert cost.closed_form == pytest.approx(cost.forward_units, rel=loose), name
