@@ -17,6 +17,7 @@ from costbp.config.catalog import ModelEntry
 from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.errors import UserError
+from costbp.estimators.oracles import positions
 from costbp.meter import Meter
 from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
@@ -203,3 +204,9 @@ def test_a_resumed_run_still_knows_its_best_parameters(plan):
     summary = second.summary(test=True)
     assert summary.scored_step == saved["state"]["best"][2]
     assert torch.equal(tested[0], saved["kept"])
+
+
+def test_batches_of_states_count_as_many_positions_as_tokens(plan):
+    _, tokens = objective(plan, "adapters_run")
+    _, states = objective(plan, "adapters_cached")
+    assert positions(tokens) == positions(states) == tokens["input_ids"].numel()
