@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from costbp.estimators.directions import signs
 from costbp.insight.problems import Bench
 from costbp.objective import Key
-from costbp.theory.descent import effective_rank
+from costbp.theory.descent import effective_rank, participation
 
 PROBES = 16  # of stochastic Lanczos quadrature
 ORDER = 24  # products a probe
@@ -20,22 +20,23 @@ ORDER = 24  # products a probe
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of the Hessian's positive part H+, the least that bounds it from above.
-
-    Attributes:
-        largest: |H+|, the largest Ritz value of all probes.
-        traces: tr H+, an estimate for each probe.
-        squares: tr H+^2, likewise.
-    """
+    """Of the Hessian's positive part H+, the least that bounds it from above: |H+|, the largest Ritz
+    value of all probes; tr H+ and tr H+^2, an estimate for each probe."""
 
     largest: float
     traces: list[float]
     squares: list[float]
 
     @property
-    def ranks(self) -> list[float]:
-        """tr H+ / |H+|, likewise."""
-        return [effective_rank(trace, self.largest) for trace in self.traces]
+    def rows(self) -> dict[str, list[float]]:
+        """What is shown of it, by name, an estimate for each probe."""
+        square = sum(self.squares) / len(self.squares)
+        return {
+            "largest": [self.largest],
+            "trace": self.traces,
+            "effective rank": [effective_rank(trace, self.largest) for trace in self.traces],
+            "participation": [participation(trace, square) for trace in self.traces],
+        }
 
 
 def hessian(bench: Bench) -> Callable[[Tensor], Tensor]:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from costbp.config.insight import Insight
-from costbp.insight.curvature import Spectrum, spectrum
+from costbp.insight.curvature import spectrum
 from costbp.insight.points import Point, interval
 from costbp.insight.problems import Bench
 from costbp.objective import Key
-from costbp.theory.descent import participation, slow_down
+from costbp.theory.descent import slow_down
 
 NEWEST = 0.1  # share of the newest loss in the smoothed one, which may not rise
 CLOSE = 1.1  # factor between the largest stable rate and one that is not
@@ -93,14 +93,15 @@ def descent(bench: Bench, insight: Insight, counts: Sequence[int]) -> Iterator[P
     """The spectrum; then for BP and for each K the largest stable rate as a share of 2 / |H|, which
     theory gives for BP, and the steps to the losses of BP over BP's own."""
     found = spectrum(bench, insight.seed)
-    unit, rank = 2 / found.largest, interval(found.ranks)[0]
+    unit, rank = 2 / found.largest, interval(found.rows["effective rank"])[0]
     about: dict[str, Any] = {"problem": bench.name, "d": bench.d, "count": BP}
-    for series, values in curvature_rows(found).items():
+    for series, values in found.rows.items():
         yield Point.of(values, **about, question="curvature", series=series)
     bp_rate = largest_rate(bench, BP, insight.steps, insight.seed, unit)
     yield Point.of([bp_rate / unit], **about, question="rate", series="BP")
-    run = list(islice(losses(bench, BP, SAFE * bp_rate, insight.seed), max(insight.reach) + 1))
-    targets = [run[steps] for steps in insight.reach]
+    reach = sorted(insight.reach)
+    run = list(islice(losses(bench, BP, SAFE * bp_rate, insight.seed), reach[-1] + 1))
+    targets = [run[steps] for steps in reach]
     seeds = range(insight.seed, insight.seed + insight.descents)
     for count in (count for count in counts if count <= bench.d):
         by_d, by_rank = slow_down(bench.d, count), slow_down(rank, count)
@@ -113,7 +114,7 @@ def descent(bench: Bench, insight: Insight, counts: Sequence[int]) -> Iterator[P
         wanted: dict[str, Any] = {"predicted": 1 / by_d, "by_rank": 1 / by_rank}
         shares = [rate / unit for rate in rates]
         yield Point.of(shares, **about, question="rate", series="Gaussian", factors=True, **wanted)
-        for steps, reached in zip(insight.reach, zip(*taken, strict=True), strict=True):
+        for steps, reached in zip(reach, zip(*taken, strict=True), strict=True):
             ratios = [(insight.longest if n is None else max(n, 1)) / steps for n in reached]
             yield Point.of(
                 ratios,
@@ -125,14 +126,3 @@ def descent(bench: Bench, insight: Insight, counts: Sequence[int]) -> Iterator[P
                 predicted=by_d,
                 by_rank=by_rank,
             )
-
-
-def curvature_rows(found: Spectrum) -> dict[str, list[float]]:
-    """What is shown of a spectrum, a value a probe."""
-    square = interval(found.squares)[0]
-    return {
-        "largest": [found.largest],
-        "trace": found.traces,
-        "effective rank": found.ranks,
-        "participation": [participation(trace, square) for trace in found.traces],
-    }

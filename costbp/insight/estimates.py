@@ -82,8 +82,10 @@ def _points(
 def predicted_error(source: Source, bench: Bench, count: int) -> float | None:
     """E|g_hat - g|^2 / |g|^2 of K of a source's directions at this gradient, as the source stands;
     None for a kind without a formula."""
-    formula = FORMULAS.get(type(source))
-    return None if formula is None else formula(source, bench, count)
+    if (moment := MOMENTS.get(type(source))) is not None:
+        return variance.relative_error(moment(source, bench), count)
+    whole = ERRORS.get(type(source))
+    return None if whole is None else whole(source, bench, count)
 
 
 def _parts(bench: Bench) -> dict[str, Tensor]:
@@ -94,17 +96,17 @@ def _parts(bench: Bench) -> dict[str, Tensor]:
     }
 
 
-def _fixed_length(source: Source, bench: Bench, count: int) -> float:
-    return variance.relative_error(variance.fixed_length(bench.d), count)
+def _low_rank(source: LowRank, bench: Bench) -> float:
+    return variance.low_rank(list(_parts(bench).values()), source.rank)
 
 
-def _frame(source: Source, bench: Bench, count: int) -> float:
-    return variance.frame_error(bench.d, count)
-
-
-def _low_rank(source: LowRank, bench: Bench, count: int) -> float:
-    moment = variance.low_rank(list(_parts(bench).values()), source.rank)
-    return variance.relative_error(moment, count)
+def _calibrated(source: Calibrated, bench: Bench) -> float:
+    assert source.scales is not None and source.use == "scale"
+    group_of = source.groups(bench.objective)
+    parts = _parts(bench)
+    scales = [float(source.scales[group_of[name]]) for name in parts]
+    norms, sizes = [float(g.norm()) for g in parts.values()], [g.numel() for g in parts.values()]
+    return variance.scaled(norms, sizes, scales)
 
 
 def _sparse(source: Sparse, bench: Bench, count: int) -> float:
@@ -113,24 +115,15 @@ def _sparse(source: Sparse, bench: Bench, count: int) -> float:
     return masked_error(int(source.mask.sum()), float(share), count)
 
 
-def _calibrated(source: Calibrated, bench: Bench, count: int) -> float:
-    assert source.scales is not None and source.use == "scale"
-    group_of = source.groups(bench.objective)
-    parts = [(part, float(source.scales[group_of[name]])) for name, part in _parts(bench).items()]
-    norms = [float(part.norm()) for part, _ in parts]
-    sizes, scales = [part.numel() for part, _ in parts], [scale for _, scale in parts]
-    return variance.relative_error(variance.scaled(norms, sizes, scales), count)
-
-
-FORMULAS: dict[type[Source], Callable[[Any, Bench, int], float]] = {
-    Gaussian: lambda source, bench, count: variance.relative_error(
-        variance.gaussian(bench.d), count
-    ),
-    Rademacher: _fixed_length,
-    Sphere: _fixed_length,
-    Orthogonal: _frame,
-    Coordinate: _frame,
+MOMENTS: dict[type[Source], Callable[[Any, Bench], float]] = {  # S of one direction
+    Gaussian: lambda source, bench: variance.gaussian(bench.d),
+    Rademacher: lambda source, bench: variance.fixed_length(bench.d),
+    Sphere: lambda source, bench: variance.fixed_length(bench.d),
     LowRank: _low_rank,
-    Sparse: _sparse,
     Calibrated: _calibrated,
+}
+ERRORS: dict[type[Source], Callable[[Any, Bench, int], float]] = {
+    Orthogonal: lambda source, bench, count: variance.frame_error(bench.d, count),
+    Coordinate: lambda source, bench, count: variance.frame_error(bench.d, count),
+    Sparse: _sparse,
 }

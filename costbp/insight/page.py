@@ -19,9 +19,9 @@ from costbp.config.study import Plan
 from costbp.cost.record import read_records
 from costbp.files import write_text
 from costbp.insight.points import Point, path_of, settings
-from costbp.theory.variance import expected_cosine
 
 CLOSE = 1.1  # factor within which a measured value agrees with its prediction
+NOTHING = 1e-9  # an error that is predicted to be none
 MARKS = {"exact": "o", "central": "x"}
 CAPTIONS = {
     "cosine": "Cosine of estimates along Gaussian directions to the gradient, against their number K "
@@ -65,64 +65,52 @@ def title(plan: Plan, name: str) -> str:
 # --- figures ---------------------------------------------------------------------------------------
 
 
-def _mark(axis: Any, rows: pd.DataFrame, x: str, marker: str, **look: Any) -> None:
-    """Points with their intervals; a bound where there is no upper end."""
-    for part, form in ((rows[rows["high"].notna()], marker), (rows[rows["high"].isna()], "^")):
-        ends = None
-        if form == marker:
-            ends = [part["measured"] - part["low"], part["high"] - part["measured"]]
-        style = {"fmt": form, "ms": 5, "lw": 1, "capsize": 2}
-        axis.errorbar(part[x], part["measured"], yerr=ends, **style | look)
-        look.pop("label", None)
+def _mark(axis: Any, rows: pd.DataFrame, marker: str, x: str = "count", **look: Any) -> None:
+    """Points with their intervals; triangles where only a bound is known."""
+    known = rows["high"].notna()
+    whole, bounds = rows[known], rows[~known]
+    ends = [whole["measured"] - whole["low"], whole["high"] - whole["measured"]]
+    style = {"ms": 5, "lw": 1, "capsize": 2} | look
+    axis.errorbar(whole[x], whole["measured"], yerr=ends, fmt=marker, **style)
+    axis.plot(bounds[x], bounds["measured"], "^", ms=6, color=look["color"])
 
 
-def _doubling(axis: Any) -> None:
+def _estimates(axis: Any, rows: pd.DataFrame, x: str, by: str, colors: Mapping[Any, Any]) -> None:
+    """A colour a group: its points, and a line through what is predicted for them."""
+    for name, part in rows.groupby(by, sort=False):
+        color, label = colors[name], f"K = {name}" if by == "count" else str(name)
+        for oracle, found in part.groupby("oracle"):
+            shown = label if oracle == "exact" else None
+            _mark(axis, found, MARKS[oracle], x, color=color, label=shown)
+        line = part.sort_values(x)
+        axis.plot(line[x], line["predicted"], color=color, lw=1)
     by_doubling(axis.xaxis)
     axis.set_yscale("log")
 
 
 def cosine(points: pd.DataFrame) -> Figure:
     """Against K, a colour a problem; against d, a colour a K."""
+    panels = (("count", "title", "Directions K"), ("d", "count", "Trained parameters d"))
 
     def fill(axis: Any, place: int) -> None:
-        x, by = (("count", "title"), ("d", "count"))[place]
-        groups = list(points.groupby(by, sort=place == 1))
-        for color, (name, rows) in zip(
-            sns.color_palette("viridis", len(groups)), groups, strict=True
-        ):
-            for oracle, marker in MARKS.items():
-                label = (f"{name}" if place == 0 else f"K = {name}") if marker == "o" else None
-                part = rows[rows["oracle"] == oracle]
-                _mark(axis, part, x, marker, color=color, label=label)
-            low, high = points[x].min(), rows[x].max() if place == 0 else points[x].max()
-            grid_of = np.geomspace(low, high, 60)
-            if place == 0:
-                line = rows.drop_duplicates("count").sort_values("count")
-                axis.plot(line["count"], line["predicted"], color=color, lw=1)
-            else:
-                line = [expected_cosine(d, name) if name <= d else np.nan for d in grid_of]
-                axis.plot(grid_of, line, color=color, lw=1)
-        _doubling(axis)
-        axis.set_xlabel("Directions K" if place == 0 else "Trained parameters d")
+        x, by, name = panels[place]
+        groups = points[by].unique()
+        colors = dict(zip(groups, sns.color_palette("viridis", len(groups)), strict=True))
+        _estimates(axis, points, x, by, colors)
+        axis.set_xlabel(name)
 
-    titles = ["against the number of directions", "against the trained parameters"]
+    titles = ["against the directions", "against the parameters"]
     return grid(titles, fill, y="Cosine to the gradient", size=(5.6, 4.2), abreast=2)
 
 
 def error(points: pd.DataFrame) -> Figure:
     """A panel per problem, a colour a kind."""
-    colors = dict(zip(points["series"].unique(), sns.color_palette("colorblind", 10), strict=False))
-
-    def fill(axis: Any, rows: pd.DataFrame) -> None:
-        for series, part in rows[rows["measured"] > 1e-3].groupby("series", sort=False):
-            for oracle, marker in MARKS.items():
-                label = series if marker == "o" else None
-                found = part[part["oracle"] == oracle]
-                _mark(axis, found, "count", marker, color=colors[series], label=label)
-            line = part.drop_duplicates("count")
-            axis.plot(line["count"], line["predicted"], color=colors[series], lw=1)
-
-    return _panels(points, fill, "Squared error / |g|^2")
+    kinds = points["series"].unique()
+    colors = dict(zip(kinds, sns.color_palette("husl", len(kinds)), strict=True))
+    shown = points[points["predicted"].fillna(1) > NOTHING]
+    return _panels(
+        shown, lambda *where: _estimates(*where, "count", "series", colors), "Squared error / |g|^2"
+    )
 
 
 def against_theory(points: pd.DataFrame, y: str) -> Figure:
@@ -131,13 +119,14 @@ def against_theory(points: pd.DataFrame, y: str) -> Figure:
 
     def fill(axis: Any, rows: pd.DataFrame) -> None:
         own = rows[rows["count"] > 0]
-        line = own.drop_duplicates("count")
-        axis.plot(line["count"], line["predicted"], "--", color="0.4", label="by d")
-        axis.plot(line["count"], line["by_rank"], "-", color="0.4", label="by effective rank")
+        for column, dash, label in (("predicted", "--", "by d"), ("by_rank", "-", "by rank")):
+            axis.plot(own["count"], own[column], dash, color="0.4", label=f"predicted {label}")
         for color, (series, part) in zip(colors, own.groupby("series", sort=False), strict=False):
-            _mark(axis, part, "count", "o", color=color, label=f"measured, {series}")
+            _mark(axis, part, "o", color=color, label=f"measured, {series}")
         for value in rows.loc[rows["count"] == 0, "measured"]:
-            axis.axhline(value, ls=":", color=colors[3], label="BP, measured")
+            axis.axhline(value, ls=":", color=colors[3], label="measured, BP")
+        by_doubling(axis.xaxis)
+        axis.set_yscale("log")
 
     return _panels(points, fill, y)
 
@@ -145,12 +134,14 @@ def against_theory(points: pd.DataFrame, y: str) -> Figure:
 def _panels(points: pd.DataFrame, fill: Callable[[Any, pd.DataFrame], None], y: str) -> Figure:
     parts = {str(name): rows for name, rows in points.groupby("title", sort=False)}
     titles = [wrapped(f"{name}", f"d = {rows['d'].iloc[0]:,}") for name, rows in parts.items()]
-
-    def draw(axis: Any, place: int) -> None:
-        fill(axis, list(parts.values())[place])
-        _doubling(axis)
-
-    return grid(titles, draw, x="Directions K", y=y, size=(4.3, 3.6))
+    rows_of = list(parts.values())
+    return grid(
+        titles,
+        lambda axis, place: fill(axis, rows_of[place]),
+        x="Directions K",
+        y=y,
+        size=(4.3, 3.6),
+    )
 
 
 FIGURES: Mapping[str, Callable[[pd.DataFrame], Figure]] = {
@@ -170,7 +161,7 @@ def sentences(points: pd.DataFrame, question: str) -> list[str]:
 
 
 def _said(name: str, rows: pd.DataFrame, question: str) -> str:
-    known = rows[rows["predicted"].notna() & (rows["predicted"] > 1e-9)]
+    known = rows[rows["predicted"].notna() & (rows["predicted"] > NOTHING)]
     whole = known[known["given_up"] == 0]
     bounds = len(known) - len(whole)
     rest = f" {bounds} of {len(known)} points are bounds and left out." if bounds else ""
