@@ -218,7 +218,7 @@ def test_a_kind_of_direction_must_be_there(tiny):
 
 
 def test_a_problem_that_is_not_there_is_refused(tiny):
-    with pytest.raises(UserError, match="no 'stepp'; .*did you mean 'steep'"):
+    with pytest.raises(UserError, match=r"no 'stepp'; .*did you mean 'steep'"):
         list(measure(load_plan(), "stepp"))
 
 

@@ -46,8 +46,11 @@ class Quadratic(Measured):
 
     @property
     def title(self) -> str:
-        how = f"falling as 1/i^{self.decay:g}" if self.decay else "all equal"
-        return f"Quadratic, curvatures {how}"
+        return (
+            f"Quadratic, curvatures i^-{self.decay:g}"
+            if self.decay
+            else "Quadratic, all curvatures 1"
+        )
 
 
 class Trained(Measured):

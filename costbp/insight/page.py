@@ -21,6 +21,7 @@ from costbp.files import write_text
 from costbp.insight.points import Point, path_of, settings
 
 CLOSE = 1.1  # factor within which a measured value agrees with its prediction
+BESIDE = 1.05  # factor between neighbours' places on an axis, so that they don't hide each other
 NOTHING = 1e-9  # an error that is predicted to be none
 MARKS = {"exact": "o", "central": "x"}
 CAPTIONS = {
@@ -79,12 +80,17 @@ def _estimates(axis: Any, rows: pd.DataFrame, x: str, by: str, colors: Mapping[A
     """A colour a group: its points, and a line through what is predicted for them."""
     for name, part in rows.groupby(by, sort=False):
         color, label = colors[name], f"K = {name}" if by == "count" else str(name)
+        place = list(colors).index(name) - len(colors) / 2
+        part = part.assign(**{x: part[x] * BESIDE**place})
         for oracle, found in part.groupby("oracle"):
             shown = label if oracle == "exact" else None
             _mark(axis, found, MARKS[oracle], x, color=color, label=shown)
         line = part.sort_values(x)
         axis.plot(line[x], line["predicted"], color=color, lw=1)
-    by_doubling(axis.xaxis)
+    if x == "count":
+        by_doubling(axis.xaxis)
+    else:
+        axis.set_xscale("log")
     axis.set_yscale("log")
 
 
@@ -108,9 +114,11 @@ def error(points: pd.DataFrame) -> Figure:
     kinds = points["series"].unique()
     colors = dict(zip(kinds, sns.color_palette("husl", len(kinds)), strict=True))
     shown = points[points["predicted"].fillna(1) > NOTHING]
-    return _panels(
-        shown, lambda *where: _estimates(*where, "count", "series", colors), "Squared error / |g|^2"
-    )
+
+    def fill(axis: Any, rows: pd.DataFrame) -> None:
+        _estimates(axis, rows, "count", "series", colors)
+
+    return _panels(shown, fill, "Squared error / |g|^2")
 
 
 def against_theory(points: pd.DataFrame, y: str) -> Figure:
@@ -169,6 +177,8 @@ def _said(name: str, rows: pd.DataFrame, question: str) -> str:
         return f"{name}: no repeat arrived, so nothing is compared."
     if question in ("cosine", "error"):
         return f"{name}: {agreement(whole, 'predicted')}"
+    if np.allclose(whole["by_rank"], whole["predicted"], rtol=0.01):
+        return f"{name}: d and effective rank are alike; {agreement(whole, 'by_rank')}{rest}"
     nearer = _away(whole, "by_rank") < _away(whole, "predicted")
     return (
         f"{name}: by d, {agreement(whole, 'predicted')} By effective rank, "
@@ -196,13 +206,17 @@ def curvature_table(points: pd.DataFrame) -> pd.DataFrame:
     rows = points[points["question"] == "curvature"].assign(
         text=lambda found: [_value(row) for row in found.itertuples()]
     )
-    names = {"largest": "|H+|", "trace": "tr H+", "effective rank": "effective rank tr H+ / |H+|"}
-    names |= {"participation": "(tr H+)^2 / tr H+^2"}
+    names = {
+        "largest": "largest curvature",
+        "trace": "trace",
+        "effective rank": "effective rank, trace / largest",
+    }
+    names |= {"participation": "trace^2 / sum of squares"}
     wide = rows.pivot_table(
         index=["title", "d"], columns="series", values="text", aggfunc="first", sort=False
     ).reset_index()
     bp = points[(points["question"] == "rate") & (points["count"] == 0)].set_index("title")
-    wide["BP's stable rate x |H| / 2"] = wide["title"].map(bp["measured"].map("{:.2f}".format))
+    wide["BP's stable rate x largest / 2"] = wide["title"].map(bp["measured"].map("{:.2f}".format))
     return wide.rename(columns={"title": "Problem", **names})
 
 
