@@ -25,16 +25,7 @@ from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
 from costbp.config.resources import Paths, Resources
 from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource, Repository
-from costbp.config.tuning import (
-    Choice,
-    Choices,
-    Setting,
-    Trial,
-    Tuned,
-    Tuning,
-    searches_eps,
-    with_eps,
-)
+from costbp.config.tuning import Choice, Choices, Setting, Trial, Tuned, Tuning, with_eps
 from costbp.files import digest
 
 FORMAT = 7  # raised when the meaning of a run changes, so that old records are not mistaken for new
@@ -327,20 +318,10 @@ class Plan(Strict):
         return budgets.get(cell.budget) if cell.budget else next(iter(budgets.values()), None)
 
     def tuning_key(self, cell: Cell) -> str:
-        """Hash of the settings that a choice is made under: the space, the total, and the entries,
-        by what they set beside defaults, so that a new key of an entry ages no choice."""
-        tuning, catalog = self.study.tuning, self.catalog
-        method = catalog.methods[cell.method]
-        models, tasks, budgets = catalog.models, catalog.tasks, catalog.budgets
-        entries = (models[cell.model], tasks[cell.task], method, budgets[cell.budget])
-        roots = [root.compact() for root in tuning.roots(method)]
-        space = [
-            tuning.total,
-            tuning.beyond,
-            tuning.seed,
-            tuning.eps if searches_eps(method) else [],
-        ]
-        return short_hash([roots, space, *(e.identity(exclude_defaults=True) for e in entries)])
+        """Hash of the settings that a choice is made under."""
+        catalog = self.catalog
+        others = catalog.models[cell.model], catalog.tasks[cell.task], catalog.budgets[cell.budget]
+        return self.study.tuning.key(catalog.methods[cell.method], others)
 
     def trials_key(self, cell: Cell) -> list[str]:
         """Hashes of all that an experiment's trials depend on."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator
 
-from costbp.config.entries import Strict
+from costbp.config.entries import Entry, Strict, short_hash
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import Name, OptimizerSpec
 
@@ -141,3 +142,11 @@ class Tuning(Strict):
             if name in method.optimizers
             for given in ({"name": name, "lr": lr, "falls_from": None} for lr in self.rates[name])
         ]
+
+    def key(self, method: MethodEntry, others: Sequence[Entry]) -> str:
+        """Hash of a search: its space and total, the method, and the ``others`` of an experiment; all
+        by what they set beside defaults, so that a new key of an entry ages no choice."""
+        roots = [root.compact() for root in self.roots(method)]
+        space = [self.total, self.beyond, self.seed, self.eps if searches_eps(method) else []]
+        entries = [entry.identity(exclude_defaults=True) for entry in (method, *others)]
+        return short_hash([roots, space, *entries])

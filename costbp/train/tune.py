@@ -4,7 +4,8 @@ Every method spends the same: in the first of ``total`` rounds 2^total settings 
 budget each, in every further round the better half of them twice as much, from the start again. So a
 round costs one budget. The first round begins with the rates that all methods share, and goes on round
 its best: beyond an edge of the range, then along the steps of differences where a method has any, then
-between rates. An extension in a later round takes the place of that round's last.
+between rates. Where the best of a later round is the edge of what is left, the next rate beyond takes the
+place of the last that would go on: short trials favour other rates than long ones.
 """
 
 from __future__ import annotations
@@ -94,10 +95,12 @@ class Search:
                 beyond = order[0].but(eps=eps)
             yield beyond or self._between(order[: len(order) // 2]), 1 / count
         while count > 2:
-            settings = [trial.but() for trial in self.round(1 / count)[: count // 2]]
-            count //= 2
-            settings[-1] = self._beyond(settings[0]) or settings[-1]
-            yield from ((setting, 1 / count) for setting in settings)
+            left = self.round(1 / count)[: count // 2]
+            beyond, count = self._beyond(left[0]), count // 2
+            kept = left if beyond is None else left[:-1]
+            yield from ((trial.but(), 1 / count) for trial in kept)
+            if beyond is not None:
+                yield beyond, 1 / count
 
     def round(self, share: float) -> list[Trial]:
         """The trials at a share of the budget, the best first."""
@@ -106,12 +109,20 @@ class Search:
     def _rates(self, name: str) -> list[float]:
         return sorted({trial.lr for trial in self.trials if trial.name == name})
 
-    def _beyond(self, best: Setting) -> Setting | None:
-        """A decade beyond the range, where the best rate is its edge and there may be more."""
+    def _beyond(self, best: Trial) -> Setting | None:
+        """Where the best rate of a round is the edge of the round's: the next that has been tried
+        beyond, at least half a decade off, or a decade beyond the range, if there may be more."""
         rates = self._rates(best.name)
-        if len(self.notes) == self.tuning.beyond or best.lr not in (rates[0], rates[-1]):
+        inside = sorted(t.lr for t in self.trials if (t.share, t.name) == (best.share, best.name))
+        if best.lr not in (inside[0], inside[-1]):
             return None
-        lr = _rounded(best.lr / 10 if best.lr == rates[0] else best.lr * 10)
+        down = best.lr == inside[0]
+        off = [rate for rate in rates if (best.lr / rate if down else rate / best.lr) > 3]
+        if off:
+            return best.but(lr=off[-1] if down else off[0])
+        if len(self.notes) == self.tuning.beyond:
+            return None
+        lr = _rounded(rates[0] / 10 if down else rates[-1] * 10)
         self.notes.append(f"range extended to {best.name} {lr:g}")
         return best.but(lr=lr)
 
