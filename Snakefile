@@ -30,7 +30,8 @@ except UserError as error:
     raise WorkflowError(str(error)) from None
 
 if workflow.is_main_process:
-    print(*outlook_lines(PLAN, tunes="tune" in sys.argv), sep="\n", end="\n", file=sys.stderr)
+    for line in outlook_lines(PLAN, tunes="tune" in sys.argv):
+        print(line, file=sys.stderr)
 
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
@@ -42,7 +43,7 @@ TEXTS = PLAN.texts_key()  # words of the report: a change redraws it, and runs n
 
 
 def first_trials(model, task, **job):
-    """The trials that a job waits for, in a study that tunes first: of its pair, and of its methods and budget."""
+    """What a job waits for in a study that tunes first: trials of its pair, methods and budget."""
     methods, budget = job.get("methods"), job.get("budget")
     return [
         PLAN.trials_file(cell)

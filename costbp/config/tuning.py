@@ -138,7 +138,7 @@ class Tuning(Strict):
         own = method.optimizer
         return [
             Setting(**(own.model_dump() if name == own.name else {}) | given)
-            for name in self.rates
+            for name in sorted(self.rates)
             if name in method.optimizers
             for given in ({"name": name, "lr": lr, "falls_from": None} for lr in self.rates[name])
         ]
