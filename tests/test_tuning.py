@@ -249,6 +249,7 @@ def test_a_choice_made_under_other_settings_is_used_and_not_tuned(small, changes
         ({"rates": {"sgd": [1.0, 0.1]}}, "rates of sgd must rise"),
         ({"rates": {"rmsprop": [0.1, 1.0]}}, "unknown key 'rmsprop'"),
         ({"fraction": 0.5}, "unknown key 'tuning.fraction'"),
+        ({"first": True, "total": 8}, "a trial of bp_checkpointing gets 1.5625 forward units"),
     ],
 )
 def test_mistakes_are_one_line(small, changes, words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -242,6 +243,14 @@ def _check_tuning(plan: Plan, file: Path) -> None:
             raise UserError(
                 f"{file}: tuning.total = {tuning.total} makes {2**tuning.total} trials in the first "
                 f"round, and {name} has {len(roots)} rates; raise it, or try fewer rates"
+            )
+    for cell in plan.cells() if tuning.first else ():
+        budget = plan.catalog.budgets[cell.budget].forward_units or math.inf
+        least = plan.catalog.methods[cell.method].closed_form() or 0.0
+        if budget / 2**tuning.total < least:
+            raise UserError(
+                f"{file}: tuning.first: a trial of {cell.method} gets {budget / 2**tuning.total:g} "
+                f"forward units of {cell.budget}, and a step takes {least:g}; raise the budget"
             )
 
 
