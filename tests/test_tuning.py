@@ -109,9 +109,21 @@ def test_an_edge_that_shows_late_is_followed_within_the_total(methods):
 
     search = searched(methods["zo_sign"], score)
     assert sum(trial.share for trial in search.trials) == 4
-    assert search.tuned("k").choice.lr <= 1e-4  # from 1e-2, where the first round was best
+    went_on = [t.lr for t in search.trials if t.share == 1 / 8]
+    assert search.tuned("k").choice.lr <= 1e-3 < min(went_on)
     within = searched(methods["bp_vanilla"], peak(3e-3, "sgd"))
     assert within.tuned("k").choice.lr == 3.16e-3 and not within.notes
+
+
+def test_steps_that_make_no_difference_keep_no_rate_from_going_on(methods):
+    search = searched(methods["zo_vanilla"], peak(3e-3))
+    for share in (1 / 8, 1 / 4, 1 / 2):
+        rates = [(trial.name, trial.lr) for trial in search.trials if trial.share == share]
+        assert len(set(rates)) == len(rates)
+    search = searched(
+        methods["zo_vanilla"], lambda s, _: {"accuracy": 0.5, "loss": abs(s.eps or 1)}
+    )
+    assert search.tuned("k").choice.eps == 0.01  # but where they do, the best goes on
 
 
 # --- the decision ----------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ Every method spends the same: in the first of ``total`` rounds 2^total settings 
 budget each, in every further round the better half of them twice as much, from the start again. So a
 round costs one budget. The first round begins with the rates that all methods share, and goes on round
 its best: beyond an edge of the range, then along the steps of differences where a method has any, then
-between rates. Where the best of a later round is the edge of what is left, the next rate beyond takes the
-place of the last that would go on: short trials favour other rates than long ones.
+between rates. Of settings of one rate the best goes on. Where a round's best is the edge of what is
+left, the next rate beyond takes the place of the last that would go on, in the last round only if it
+was never tried: short trials favour other rates than long ones.
 """
 
 from __future__ import annotations
@@ -95,8 +96,12 @@ class Search:
                 beyond = order[0].but(eps=eps)
             yield beyond or self._between(order[: len(order) // 2]), 1 / count
         while count > 2:
-            left = self.round(1 / count)[: count // 2]
-            beyond, count = self._beyond(left[0]), count // 2
+            order = self.round(1 / count)
+            firsts: dict[tuple[str, float], Trial] = {}
+            for trial in order:
+                firsts.setdefault((trial.name, trial.lr), trial)
+            left = [*firsts.values(), *(t for t in order if t not in firsts.values())][: count // 2]
+            beyond, count = self._beyond(left[0], readmit=count > 4), count // 2
             kept = left if beyond is None else left[:-1]
             yield from ((trial.but(), 1 / count) for trial in kept)
             if beyond is not None:
@@ -109,9 +114,9 @@ class Search:
     def _rates(self, name: str) -> list[float]:
         return sorted({trial.lr for trial in self.trials if trial.name == name})
 
-    def _beyond(self, best: Trial) -> Setting | None:
+    def _beyond(self, best: Trial, *, readmit: bool = True) -> Setting | None:
         """Where the best rate of a round is the edge of the round's: the next that has been tried
-        beyond, at least half a decade off, or a decade beyond the range, if there may be more."""
+        beyond, half a decade off (with ``readmit``), or a decade beyond the range, if that may grow."""
         rates = self._rates(best.name)
         inside = sorted(t.lr for t in self.trials if (t.share, t.name) == (best.share, best.name))
         if best.lr not in (inside[0], inside[-1]):
@@ -119,7 +124,7 @@ class Search:
         down = best.lr == inside[0]
         off = [rate for rate in rates if (best.lr / rate if down else rate / best.lr) > 3]
         if off:
-            return best.but(lr=off[-1] if down else off[0])
+            return best.but(lr=off[-1] if down else off[0]) if readmit else None
         if len(self.notes) == self.tuning.beyond:
             return None
         lr = _rounded(rates[0] / 10 if down else rates[-1] * 10)
