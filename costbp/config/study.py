@@ -332,6 +332,18 @@ class Plan(Strict):
         """The manifest of an experiment's trials."""
         return self.results.joinpath("trials", *cell[:3], f"{cell.budget}.json")
 
+    def first_trials(
+        self, model: str, task: str, methods: str | None = None, budget: str | None = None
+    ) -> list[Path]:
+        """What a job waits for in a study that tunes first: trials of its pair, methods, budget."""
+        return [
+            self.trials_file(cell)
+            for cell in (self.cells() if self.study.tuning.first else ())
+            if cell[:2] == (model, task)
+            and (methods is None or cell.method in methods.split("+"))
+            and budget in (None, cell.budget)
+        ]
+
     def spec(self, cell: Cell, seed: int) -> RunSpec:
         """The frozen spec of one seed of one experiment."""
         choice = self.choice(cell)
