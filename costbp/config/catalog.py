@@ -310,6 +310,14 @@ class AssetEntry(Entry):
     )
 
 
+Fetchable = AssetEntry | Repository | HubData
+
+
+def state(what: Fetchable) -> str:
+    """Checksum of a carrier, or revision of a repository."""
+    return what.sha256 if isinstance(what, AssetEntry) else what.revision
+
+
 class Catalog(Strict):
     """All entries by name."""
 
