@@ -1,0 +1,137 @@
+"""Readings of what a step needs: counted, so exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from costbp.analysis.arms import Evidence, LeftOut
+from costbp.analysis.finding import Finding, Row
+from costbp.analysis.readings.compare import sides
+from costbp.analysis.statistics import Sample
+from costbp.config.claims import CostClaim, LargestClaim
+from costbp.config.costs import card_bytes
+
+NAMES = {
+    "flops": "FLOPs of a step",
+    "forward_units": "forward units of a step",
+    "bytes": "bytes at a step's peak, weights included",
+    "bytes_beyond": "bytes at a step's peak beyond weights",
+    "activations": "bytes at a step's peak beyond weights, trained vector, gradient and state",
+}
+
+
+def needed(row: Any, measure: str) -> float:
+    """A figure of a cost record."""
+    if measure in ("flops", "forward_units"):
+        return float(getattr(row, measure))
+    parts = {"activations": 0, "bytes_beyond": row.state_bytes}
+    return float(row.peak_bytes + parts.get(measure, row.state_bytes + row.weights_bytes))
+
+
+def _tables(evidence: Evidence, claim: CostClaim) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(model, task, place, method -> cost record) of the study or of the claim's own traces."""
+    if claim.traced is not None:
+        for model in claim.traced.models:
+            table = evidence.traces.get(claim.traced.file(model))
+            if table is not None:
+                shape = f"{claim.traced.batch} x {claim.traced.seq}, traced"
+                yield model, "", f"{model} ({shape})", {r.method: r for r in table.itertuples()}
+        return
+    for (model, task), group in evidence.frames.costs.groupby(["model", "task"], sort=False):
+        if model in (claim.models or (model,)) and task in (claim.tasks or (task,)):
+            yield model, task, f"{model}/{task}", {str(r.method): r for r in group.itertuples()}
+
+
+def step_cost(evidence: Evidence, claim: CostClaim) -> Finding:
+    """The worse's need over the better's, within the claim's bounds."""
+    better, worse = sides(evidence, claim)
+    low, high = claim.at_least or 0.0, claim.at_most or math.inf
+    bounds = [f"at least {low:g}x"] * bool(low) + [f"at most {high:g}x"] * math.isfinite(high)
+    finding = Finding(
+        f"{NAMES[claim.measure][0].upper()}{NAMES[claim.measure][1:]}, {worse} over {better}: "
+        f"{' and '.join(bounds)} is what is claimed.",
+        f"{worse} needs {' and '.join(bounds)} the {NAMES[claim.measure]} of {better}",
+        "x",
+        claim.magnitude,
+        takes=claim.takes,
+    )
+    if claim.traced is None and not len(evidence.frames.costs):
+        return finding
+    plan = evidence.plan
+    for model, task, place, rows in _tables(evidence, claim):
+        names = [pair for pair in claim.baselines.items() if set(pair) <= set(rows)]
+        if not claim.baselines and plan.reference in rows:
+            flip = -1 if claim.favours == "other" else 1
+            found = [(plan.reference, name)[::flip] for name in evidence.others(rows, claim)]
+            names = [(first, second) for first, second in found]
+        for pair in names:
+            labels = [plan.catalog.methods[name].label for name in pair]
+            name = f"{labels[1]} over {labels[0]}, {place}"
+            if (model, task) in evidence.plain and plan.reference in pair:
+                why = f"{plan.catalog.methods[plan.reference].label} recomputes nothing there"
+                finding.left_out.append(LeftOut(name, "plain", why))
+                continue
+            ratio = needed(rows[pair[1]], claim.measure) / needed(rows[pair[0]], claim.measure)
+            inside = math.log(ratio / low) if low else math.inf
+            inside = min(inside, math.log(high / ratio) if math.isfinite(high) else math.inf)
+            sample = Sample(np.array([inside or 1e-9]), exact=True)  # on a bound: inside
+            runs = evidence.frames.runs
+            folders: list[str] = []
+            if "folder" in runs:
+                mine = runs["model"].eq(model) & runs["task"].eq(task) & runs["method"].isin(pair)
+                folders = [str(folder) for folder in runs.loc[mine, "folder"]]
+            cell = {"model": model, "task": task, "budget": "", "method": pair[0], "against": pair[1]}
+            exact = Sample(np.array([math.log(ratio)]), exact=True)
+            finding.rows.append(
+                Row(
+                    name,
+                    cell,
+                    sample,
+                    f"{ratio:.3g}x",
+                    folders,
+                    {True: [exact]},
+                    math.log(ratio) - sample.mean,
+                )
+            )
+    return finding
+
+
+def largest_model(evidence: Evidence, claim: LargestClaim) -> Finding:
+    """Under each ceiling the largest model whose step fits, of the first method and of the others."""
+    traced = claim.traced
+    labels = [evidence.plan.catalog.methods[name].label for name in traced.methods]
+    finding = Finding(
+        f"Number of models, of {', '.join(traced.models)} from small to large, whose step fits under a "
+        f"ceiling (traced, {traced.batch} x {traced.seq} tokens, weights included): {labels[0]}'s "
+        "minus another's.",
+        f"{labels[0]} trains a larger model under a ceiling than {' or '.join(labels[1:])}",
+        "models",
+        takes=claim.takes,
+    )
+    tables = {name: evidence.traces.get(traced.file(name)) for name in traced.models}
+    known = {name: table for name, table in tables.items() if table is not None}
+    for memory in claim.memories if known else ():
+        fits: dict[str, list[str]] = {method: [] for method in traced.methods}
+        for model, table in known.items():
+            for row in table.itertuples():
+                if row.method in fits and needed(row, "bytes") <= card_bytes(memory):
+                    fits[row.method].append(model)
+        for method, label in zip(traced.methods[1:], labels[1:], strict=True):
+            more = len(fits[traced.methods[0]]) - len(fits[method])
+            last = [fits[name][-1] if fits[name] else "none" for name in (traced.methods[0], method)]
+            cell = {"model": last[0], "task": "", "budget": memory, "method": traced.methods[0]}
+            finding.rows.append(
+                Row(
+                    f"{labels[0]} against {label}, {memory}",
+                    {**cell, "against": method},
+                    Sample(np.array([more or -1e-9]), exact=True),
+                    f"{last[0]} against {last[1]}",
+                    [],
+                    shift=0.0 if more else 1e-9,
+                )
+            )
+    return finding
