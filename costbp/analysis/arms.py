@@ -108,7 +108,10 @@ class Arm:
         if not all(run.get("tuned", False) for run in self.runs.values()):
             return "untuned", f"{self.label} is not tuned"
         if "diverged" in found:
-            return "diverged", f"{self.label} diverged in {found.count('diverged')} of {len(found)} seeds"
+            return (
+                "diverged",
+                f"{self.label} diverged in {found.count('diverged')} of {len(found)} seeds",
+            )
         if unfit := [outcome for outcome in found if outcome in UNFIT]:
             return "unfit", f"{self.label}: {unfit[0].replace('_', ' ')}"
         if len(self.seeds) < min(SEEDS, len(self.planned)):
@@ -143,7 +146,10 @@ class Pair:
         if own := self.better.obstacle() or self.worse.obstacle():
             return own
         if len(self.seeds) < SEEDS:
-            return "seeds", f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)}, {SEEDS} are needed"
+            return (
+                "seeds",
+                f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)}, {SEEDS} are needed",
+            )
         reference = self.reference.cell.method if self.reference else ""
         others = [arm for arm in (self.better, self.worse) if arm.cell.method != reference]
         if not any(arm.learnt for arm in others):
@@ -170,6 +176,10 @@ class Evidence:
     plan: Plan
     frames: Frames
     traces: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    @cached_property
+    def reference(self) -> str:
+        return self.plan.reference
 
     @cached_property
     def arms(self) -> dict[Cell, Arm]:
@@ -212,7 +222,7 @@ class Evidence:
         return [
             name
             for name in arms
-            if name != self.plan.reference
+            if name != self.reference
             and methods[name].family in claim.families
             and (wanted is None or name in wanted)
         ]
@@ -223,9 +233,9 @@ class Evidence:
             if model not in (claim.models or (model,)) or task not in (claim.tasks or (task,)):
                 continue
             wanted = [names for names in claim.baselines.items() if set(names) <= set(arms)]
-            if not claim.baselines and self.plan.reference in arms:
+            if not claim.baselines and self.reference in arms:
                 flip = -1 if claim.favours == "other" else 1
-                found = [(self.plan.reference, name)[::flip] for name in self.others(arms, claim)]
+                found = [(self.reference, name)[::flip] for name in self.others(arms, claim)]
                 wanted = [(first, second) for first, second in found]
             twin = self.twins[model, task, budget]
             votes: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -244,7 +254,7 @@ class Evidence:
                 methods = dict.fromkeys(method for names in several for method in names)
                 folders = [f for m in methods for f in arms[m].folders(tuple(arms[m].runs))]
                 one, two = several[0]
-                reference = arms.get(self.plan.reference)
+                reference = arms.get(self.reference)
                 yield Pair(name, arms[one], arms[two], reference, folders)
 
     @cached_property
@@ -277,9 +287,9 @@ class Evidence:
                 flops.setdefault((model, task), {})[method] = count
         for model, task in self.plan.pairs():
             counts = flops.get((model, task), {})
-            own = counts.get(self.plan.reference)
+            own = counts.get(self.reference)
             least = min((counts[name] for name in stored if name in counts), default=None)
-            if self.plan.catalog.models[model].reads_features or (
+            if self.plan.catalog.models[model].reads == "features" or (
                 own is not None and least is not None and own <= 1.001 * least
             ):
                 found.add((model, task))

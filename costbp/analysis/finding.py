@@ -55,7 +55,7 @@ SCALES: Mapping[str, Scale] = {
     "below 1": Scale(False, lambda x: x, "{:.2f} below an exponent of 1"),
     "spikes": Scale(False, lambda x: x, "{:+.2f} spikes a thousand steps"),
     "models": Scale(False, lambda x: x, "{:+.0f} models"),
-    "": Scale(False, lambda x: x, "{:+.2g}"),
+    "": Scale(False, lambda x: x, "{:g}"),
 }
 
 
@@ -216,7 +216,11 @@ class Finding:
             more = f" (and {len(reasons) - 1} further reasons)" if len(reasons) > 1 else ""
             return f"Nothing can be said{why}{more}."
         sides, total = self.sides, len(self.rows)
-        lead = {"for": "", "against": "Not so that ", "undecided": "Undecided whether "}
+        lead = {
+            "for": "",
+            "against": "the opposite was measured of the claim that ",
+            "undecided": "it stays undecided whether ",
+        }
         tally = ", ".join(f"{sides.count(s)} {s}" for s in ("for", "against", "undecided"))
         head = lead[str(self.direction)] + self.clause
         text = f"{head[0].upper()}{head[1:]}: {self.measured} in {total} "
@@ -224,7 +228,7 @@ class Finding:
         return f"{text}{self._of_size()}."
 
     def _of_size(self) -> str:
-        if self.magnitude is None:
+        if self.magnitude is None or self.direction != "for":
             return ""
         parts = []
         for unit in self.magnitude.units:
@@ -244,7 +248,8 @@ class Finding:
             return self._size_needs() if self.direction == "for" else ""
         kinds: dict[Kind, LeftOut] = {part.kind: part for part in reversed(self.left_out)}
         if not self.rows or self.verdict == "untuned":
-            return _MENDS.get(next((k for k in _MENDS if k in kinds), ""), self.takes)
+            mend = _MENDS.get(next((k for k in _MENDS if k in kinds), ""), self.takes)
+            return mend or "a study that has what is compared, on a model of several trained blocks"
         sides = self.sides
         decided = len(sides) - sides.count("undecided")
         total = len(sides) + len(self.blocked)
@@ -270,7 +275,9 @@ class Finding:
             return ""
         found = [self.size(unit) for unit in self.magnitude.units]
         if len(set(found)) > 1:
-            return f"for its size: which unit the source means ({' or '.join(self.magnitude.units)})"
+            return (
+                f"for its size: which unit the source means ({' or '.join(self.magnitude.units)})"
+            )
         if self.reached == "undecided":
             return "for its size: more seeds, whose interval leaves the claimed value out"
         return "for its size: a model or task where the difference is as large as claimed"

@@ -7,14 +7,15 @@ additive scale (shares of examples, logarithms of ratios), and positive ones spe
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 
-ALPHA = 0.05  # of a claim's comparisons together, and of an interval
+ALPHA = 0.01  # at which a claim's comparisons are decided, all of them together
+OUTSIDE = 0.05  # of intervals, simultaneous ones too
 POWER = 0.9  # of the number of seeds that a claim asks for
 FLOOR = 1e-3  # of a standard deviation: five equal differences are a matter of luck, not certainty
 ENOUGH = 8  # comparisons from which on an aggregate has a bootstrap interval
@@ -35,15 +36,15 @@ class Sample:
     at_least: bool = False
     at_most: bool = False
 
-    @property
+    @cached_property
     def mean(self) -> float:
         return float(np.mean(self.values))
 
-    @property
+    @cached_property
     def deviation(self) -> float:
         return 0.0 if self.exact else max(FLOOR, float(np.std(self.values, ddof=1)))
 
-    @property
+    @cached_property
     def p(self) -> float:
         """Two-sided, of no difference."""
         if self.exact:
@@ -53,7 +54,7 @@ class Sample:
         count = len(self.values)
         return float(2 * stdtr(count - 1, -abs(self.mean) / self.deviation * math.sqrt(count)))
 
-    def interval(self, alpha: float = ALPHA) -> tuple[float, float]:
+    def interval(self, alpha: float = OUTSIDE) -> tuple[float, float]:
         """Two-sided interval of level ``1 - alpha``; open where values are bounds."""
         if self.exact:
             half = 0.0
@@ -77,7 +78,7 @@ class Sample:
         return max(float(len(self.values) + 1), math.ceil(count))
 
 
-@functools.lru_cache(4096)
+@lru_cache(4096)
 def quantile(level: float, freedom: float) -> float:
     """Of Student's t."""
     from scipy.special import stdtrit
@@ -96,8 +97,8 @@ def holm(found: Sequence[float]) -> list[float]:
 
 def largest(samples: Sequence[Sample]) -> tuple[float, float, float]:
     """The largest mean of several comparisons with simultaneous bounds of the largest true one: for a
-    choice of the largest is made after looking (Bonferroni; level ``1 - ALPHA`` for both sides)."""
-    bounds = [sample.interval(ALPHA / len(samples)) for sample in samples]
+    choice of the largest is made after looking (Bonferroni; 95 % for both sides together)."""
+    bounds = [sample.interval(OUTSIDE / len(samples)) for sample in samples]
     return (
         max(sample.mean for sample in samples),
         max(low for low, _ in bounds),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -122,7 +122,7 @@ class CostClaim(Compared):
     )
     at_least: float | None = Field(None, gt=0, description="The ratio's lower bound.")
     at_most: float | None = Field(None, gt=0, description="Its upper bound.")
-    traced: Traced | None = Field(None, description="Instead of the study's own models.")
+    traced: Traced | None = Field(None, description="Beside the study's own models.")
 
     @model_validator(mode="after")
     def _a_bound(self) -> CostClaim:
@@ -157,7 +157,9 @@ class LargestClaim(_Claim):
     """Which method trains the larger model within a memory."""
 
     reading: Literal["largest_model"] = Field(description="How the records are asked.")
-    traced: Traced = Field(description="Models from small to large; the first method is claimed to.")
+    traced: Traced = Field(
+        description="Models from small to large; the first method is claimed to."
+    )
     memories: tuple[str, ...] = Field(min_length=1, description="Ceilings, as 2GB.")
 
     @field_validator("memories")
@@ -190,7 +192,23 @@ Claim = Annotated[
 Claims = dict[str, Claim]
 
 
-def traces(claims: Claims) -> dict[str, tuple[str, Traced]]:
-    """What is to be traced for claims: file -> model and shape."""
-    parts = (part for claim in claims.values() if (part := getattr(claim, "traced", None)))
-    return {part.file(model): (model, part) for part in parts for model in part.models}
+class Trace(NamedTuple):
+    """One model's traces for claims."""
+
+    model: str
+    methods: tuple[str, ...]
+    words: str  # options of `costbp cost`
+
+
+def traces(claims: Claims) -> dict[str, Trace]:
+    """What is to be traced for claims, by the name of its file."""
+    return {
+        part.file(model): Trace(
+            model,
+            part.methods,
+            f"--model {model} --method {','.join(part.methods)} --batch {part.batch} --seq {part.seq}",
+        )
+        for claim in claims.values()
+        if (part := getattr(claim, "traced", None)) is not None
+        for model in part.models
+    }

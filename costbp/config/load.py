@@ -241,7 +241,8 @@ def _check_claims(plan: Plan, file: Path) -> None:
                 )
         bases = getattr(claim, "series", ()) if getattr(claim, "varied", "d") == "d" else ()
         for models in bases:
-            if len({plan.catalog.models[model].source for model in models}) > 1:
+            first, *rest = (plan.catalog.models[model].source for model in models)
+            if any(source != first for source in rest):
                 raise UserError(
                     f"{plan.study.claims}: {name}.series: {', '.join(models)} must share one source, so "
                     "that d alone differs"

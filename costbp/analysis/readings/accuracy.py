@@ -23,8 +23,8 @@ def accuracy_gap(evidence: Evidence, claim: ScoreClaim) -> Finding:
     finding = Finding(
         f"Test accuracy at the end of an equal budget, {better} minus {worse}{behind}, paired over "
         f"seeds{near}. Diverged runs are counted under instability, not here.",
-        f"{better} {'is at most ' if claim.margin else 'ends with a higher test accuracy than '}"
-        + (f"{claim.margin:g} points behind {worse}" if claim.margin else worse),
+        f"{better} ended with a higher test accuracy than {worse}"
+        + (f", or at most {claim.margin:g} points behind" if claim.margin else ""),
         "points",
     )
 
@@ -44,10 +44,10 @@ def rankings(evidence: Evidence, claim: RankingClaim) -> Finding:
     """Pairs of methods on two models: for where the order is decided on both, and reversed."""
     first, second = claim.models
     finding = Finding(
-        f"Order of two methods by test accuracy on {first} and on {second}; a comparison is as sure as "
-        "the less sure of the two orders.",
-        f"{first} and {second} rank methods differently",
-        "",
+        f"Order of two methods by test accuracy on {first} and on {second}; the less sure of the "
+        "two leads counts, positive where the order flips.",
+        f"{first} and {second} ranked methods differently",
+        "points",
         takes=claim.takes or f"a study with models {first} and {second}",
     )
     tables = {group: arms for group, arms in evidence.groups.items() if group[0] == first}
@@ -81,7 +81,7 @@ def learns(evidence: Evidence, claim: LearnsClaim) -> Finding:
     """Validation accuracy at the end above that at the start."""
     finding = Finding(
         f"Validation accuracy at the end minus that at the start, beyond {100 * GAINED:g} points.",
-        f"methods rise more than {100 * GAINED:g} points above their start",
+        f"methods rose more than {100 * GAINED:g} points above their start",
         "points",
         takes=claim.takes or f"a study with task {' or '.join(claim.tasks)}",
     )
@@ -110,7 +110,7 @@ def spikes(evidence: Evidence, claim: SpikeClaim) -> Finding:
     finding = Finding(
         f"Spikes a thousand steps (a step's directional derivatives, or {better}'s gradient norm, beyond "
         f"ten times the running median of a hundred steps), {worse} minus {better}, paired over seeds.",
-        f"{worse} spike more often than {better}",
+        f"{worse} spiked more often than {better}",
         "spikes",
     )
 

@@ -82,7 +82,7 @@ def sides(evidence: Evidence, claim: Compared) -> tuple[str, str]:
             " or ".join(catalog[name].label for name in dict.fromkeys(part))
             for part in (claim.baselines, claim.baselines.values())
         )
-    reference = catalog[evidence.plan.reference].label
+    reference = catalog[evidence.reference].label
     names = {"fmad": "FmAD", "zo": "ZO", "bp": "BP"}
     others = " and ".join(names[family] for family in claim.families) + " methods"
     if claim.methods:

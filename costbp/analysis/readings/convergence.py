@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from costbp.analysis.arms import CURVE, LEARNT, Arm, Evidence, Kind, LeftOut, Pair
+from costbp.analysis.arms import CURVE, LEARNT, Arm, Evidence, Kind, Pair
 from costbp.analysis.finding import Finding
 from costbp.analysis.frames import Frames
 from costbp.analysis.readings.compare import Measured, compare, sides
-from costbp.analysis.statistics import Sample
+from costbp.analysis.statistics import ALPHA, Sample
 from costbp.config.claims import TargetClaim
 from costbp.config.study import Plan
 
@@ -63,9 +63,8 @@ def crossing(x: np.ndarray, y: np.ndarray, target: float) -> Crossing:
 
 
 def _by_logarithm(x: np.ndarray) -> bool:
-    gaps = np.diff(x)
-    half = len(gaps) // 2
-    return half > 0 and float(np.median(gaps[half:])) > 2 * float(np.median(gaps[:half]))
+    middle = x[len(x) // 2]
+    return bool(x[-1] - middle > 2 * (middle - x[0]))
 
 
 def target_of(reference: Arm, share: float) -> float:
@@ -105,7 +104,10 @@ def _ready(pair: Pair, claim: TargetClaim, evidence: Evidence) -> tuple[Kind, st
     if pair.reference is None or pair.reference.obstacle():
         return "missing", "targets are the reference's, which has no tuned and complete runs here"
     if pair.reference.gain < LEARNT:
-        return "unlearnt", f"{pair.reference.label} gained {100 * pair.reference.gain:.1f} points only"
+        return (
+            "unlearnt",
+            f"{pair.reference.label} gained {100 * pair.reference.gain:.1f} points only",
+        )
     if claim.measure == "depth" and None in (pair.better.depth, pair.worse.depth):
         return "plain", "a method's sequential depth is not known"
     cell = pair.better.cell
@@ -124,7 +126,7 @@ def to_target(evidence: Evidence, claim: TargetClaim) -> Finding:
         f"{what[0].upper()}{what[1:]} to {shares} % of the reference's gain over its start on the "
         f"validation split (its mean curve), {worse} over {better}: first crossing, paired over seeds; "
         "runs that never get there are bounds.",
-        f"{better} needs fewer {what.rstrip(',')} to the same accuracy than {worse}",
+        f"{better} needed fewer {what.rstrip(',')} than {worse} to the same accuracy",
         "x",
     )
 
@@ -161,7 +163,7 @@ def slowdown_over_d(evidence: Evidence, claim: TargetClaim) -> Finding:
         f"Exponent of d in {NAMES[claim.measure]} to {100 * claim.targets[0]:g} % of the reference's gain, "
         f"{worse} over {better}, along models that differ in d alone; for where it is nearer to 0 than to "
         "1, paired over seeds.",
-        f"the slow-down of {worse} grows slower than the square root of d",
+        f"the slow-down of {worse} grew slower than the square root of d",
         "below 1",
     )
 
@@ -169,6 +171,8 @@ def slowdown_over_d(evidence: Evidence, claim: TargetClaim) -> Finding:
         if why := _ready(pair, claim, evidence):
             return why
         found = ratio(pair, claim.measure, claim.targets[0])
+        if found is not None and (found.p >= ALPHA or found.mean < 0):
+            return "reach", "no slow-down that could grow"
         if found is None or found.at_least or found.at_most:
             return "reach", "a target was not reached, or before the first evaluation"
         return found.values[[pair.seeds.index(seed) for seed in seeds]]

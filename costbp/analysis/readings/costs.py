@@ -33,13 +33,14 @@ def needed(row: Any, measure: str) -> float:
 
 
 def _tables(evidence: Evidence, claim: CostClaim) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """(model, task, place, method -> cost record) of the study or of the claim's own traces."""
+    """(model, task, place, method -> cost record) of the claim's own traces, and of the study."""
     if claim.traced is not None:
         for model in claim.traced.models:
             table = evidence.traces.get(claim.traced.file(model))
             if table is not None:
                 shape = f"{claim.traced.batch} x {claim.traced.seq}, traced"
                 yield model, "", f"{model} ({shape})", {r.method: r for r in table.itertuples()}
+    if not len(evidence.frames.costs):
         return
     for (model, task), group in evidence.frames.costs.groupby(["model", "task"], sort=False):
         if model in (claim.models or (model,)) and task in (claim.tasks or (task,)):
@@ -54,25 +55,23 @@ def step_cost(evidence: Evidence, claim: CostClaim) -> Finding:
     finding = Finding(
         f"{NAMES[claim.measure][0].upper()}{NAMES[claim.measure][1:]}, {worse} over {better}: "
         f"{' and '.join(bounds)} is what is claimed.",
-        f"{worse} needs {' and '.join(bounds)} the {NAMES[claim.measure]} of {better}",
+        f"{worse} took {' and '.join(bounds)} the {NAMES[claim.measure]} of {better}",
         "x",
         claim.magnitude,
         takes=claim.takes,
     )
-    if claim.traced is None and not len(evidence.frames.costs):
-        return finding
     plan = evidence.plan
     for model, task, place, rows in _tables(evidence, claim):
         names = [pair for pair in claim.baselines.items() if set(pair) <= set(rows)]
-        if not claim.baselines and plan.reference in rows:
+        if not claim.baselines and evidence.reference in rows:
             flip = -1 if claim.favours == "other" else 1
-            found = [(plan.reference, name)[::flip] for name in evidence.others(rows, claim)]
+            found = [(evidence.reference, name)[::flip] for name in evidence.others(rows, claim)]
             names = [(first, second) for first, second in found]
         for pair in names:
             labels = [plan.catalog.methods[name].label for name in pair]
             name = f"{labels[1]} over {labels[0]}, {place}"
-            if (model, task) in evidence.plain and plan.reference in pair:
-                why = f"{plan.catalog.methods[plan.reference].label} recomputes nothing there"
+            if (model, task) in evidence.plain and evidence.reference in pair:
+                why = f"{plan.catalog.methods[evidence.reference].label} recomputes nothing there"
                 finding.left_out.append(LeftOut(name, "plain", why))
                 continue
             ratio = needed(rows[pair[1]], claim.measure) / needed(rows[pair[0]], claim.measure)
@@ -84,7 +83,13 @@ def step_cost(evidence: Evidence, claim: CostClaim) -> Finding:
             if "folder" in runs:
                 mine = runs["model"].eq(model) & runs["task"].eq(task) & runs["method"].isin(pair)
                 folders = [str(folder) for folder in runs.loc[mine, "folder"]]
-            cell = {"model": model, "task": task, "budget": "", "method": pair[0], "against": pair[1]}
+            cell = {
+                "model": model,
+                "task": task,
+                "budget": "",
+                "method": pair[0],
+                "against": pair[1],
+            }
             exact = Sample(np.array([math.log(ratio)]), exact=True)
             finding.rows.append(
                 Row(
@@ -108,7 +113,7 @@ def largest_model(evidence: Evidence, claim: LargestClaim) -> Finding:
         f"Number of models, of {', '.join(traced.models)} from small to large, whose step fits under a "
         f"ceiling (traced, {traced.batch} x {traced.seq} tokens, weights included): {labels[0]}'s "
         "minus another's.",
-        f"{labels[0]} trains a larger model under a ceiling than {' or '.join(labels[1:])}",
+        f"{labels[0]} could train a larger model under a ceiling than {' or '.join(labels[1:])}",
         "models",
         takes=claim.takes,
     )
@@ -122,7 +127,9 @@ def largest_model(evidence: Evidence, claim: LargestClaim) -> Finding:
                     fits[row.method].append(model)
         for method, label in zip(traced.methods[1:], labels[1:], strict=True):
             more = len(fits[traced.methods[0]]) - len(fits[method])
-            last = [fits[name][-1] if fits[name] else "none" for name in (traced.methods[0], method)]
+            last = [
+                fits[name][-1] if fits[name] else "none" for name in (traced.methods[0], method)
+            ]
             cell = {"model": last[0], "task": "", "budget": memory, "method": traced.methods[0]}
             finding.rows.append(
                 Row(

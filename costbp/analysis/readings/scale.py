@@ -49,7 +49,9 @@ def along(
                     finding.left_out.append(LeftOut(pairs[name].name, *why))
                 else:
                     good.append(pairs[name])
-            seeds = tuple(s for s in good[0].seeds if all(s in p.seeds for p in good)) if good else ()
+            seeds = (
+                tuple(s for s in good[0].seeds if all(s in p.seeds for p in good)) if good else ()
+            )
             if len(good) < 2 or len(seeds) < SEEDS:
                 continue
             found = [point(pair, seeds) for pair in good]
@@ -59,7 +61,7 @@ def along(
             size = np.log([pair.better.column(SIZE[varied])[0] for pair in good])
             slopes = np.polyfit(size, np.array(found), 1)[0]
             result = measured(slopes)
-            ends = [100 * float(np.mean(values)) for values in (found[0], found[-1])]
+            ends = [100 * float(np.mean(values)) for values in np.array(found)[[0, -1]]]
             models_text = f"{good[0].better.cell.model} to {good[-1].better.cell.model}"
             labels = f"{good[0].better.label} against {good[0].worse.label}"
             cell = {"model": models_text, "task": task, "method": better, "budget": budget}
@@ -83,7 +85,7 @@ def gap_over_scale(evidence: Evidence, claim: ScaleClaim) -> Finding:
     finding = Finding(
         f"Slope of the lead in test accuracy, {better} minus {worse}, against the logarithm of "
         f"{what}, at one task and budget, paired over seeds.",
-        f"{better}'s lead over {worse} grows with {what}",
+        f"{better}'s lead over {worse} grew with {what}",
         "points per tenfold",
     )
 
