@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from costbp.config.study import Cell, Plan
+from costbp.config.study import Plan
 from costbp.cost.record import read_costs
 from costbp.errors import UserError
 from costbp.files import atomic
@@ -63,7 +63,7 @@ def collect(plan: Plan) -> Frames:
                     **names,
                     "family": spec.method.family,
                     "folder": str(folder),
-                    "tuned": tuned(plan, cell),
+                    "tuned": plan.choice(cell).tuned,
                     "hash": record.hash,
                     "outcome": record.outcome,
                     "message": record.message,
@@ -84,11 +84,6 @@ def collect(plan: Plan) -> Frames:
     known = [curve for curve in curves if len(curve)] or curves[:1]  # a run may have ended before
     table = pd.DataFrame(runs)
     return Frames(table, pd.concat(known, ignore_index=True), _measured(pd.DataFrame(costs), table))
-
-
-def tuned(plan: Plan, cell: Cell) -> bool:
-    """Whether an experiment's optimiser was chosen by trials."""
-    return plan.optimizer(cell)[1] == str(plan.study.tuning.file)
 
 
 def spikes(steps: pd.DataFrame) -> dict[str, float]:
