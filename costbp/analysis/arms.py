@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -100,7 +100,7 @@ class Arm:
         ceiling = run.get("ceiling_bytes")
         return float(own if ceiling is None or pd.isna(ceiling) or not ceiling else ceiling)
 
-    def obstacle(self) -> tuple[Kind, str] | None:
+    def obstacle(self) -> Obstacle | None:
         """Why it can't be compared at all."""
         found = [run["outcome"] for run in self.runs.values()]
         if not found:
@@ -120,6 +120,18 @@ class Arm:
         return None
 
 
+Obstacle = tuple[Kind, str]  # why nothing follows, as a kind and in words
+
+
+def together(*arms: Arm) -> tuple[tuple[int, ...], Obstacle | None]:
+    """Seeds that several arms completed, and why they can't be compared."""
+    seeds = tuple(s for s in arms[0].seeds if all(s in arm.seeds for arm in arms))
+    why = next((why for arm in arms if (why := arm.obstacle())), None)
+    if why is None and len(seeds) < SEEDS:
+        why = "seeds", f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, {SEEDS} are needed"
+    return seeds, why
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two methods on the same model, task and budget; the first is claimed to be the better.
@@ -127,7 +139,6 @@ class Pair:
     Attributes:
         name: of the comparison; methods whose trajectories are one are named together.
         reference: the study's reference there, if it ran.
-        seeds: those that both completed.
         folders: of all its runs, of methods named together too.
     """
 
@@ -139,19 +150,14 @@ class Pair:
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
-        return tuple(s for s in self.better.seeds if s in self.worse.seeds)
+        """Those that both completed."""
+        return together(self.better, self.worse)[0]
 
-    def obstacle(self, claim: Compared) -> tuple[Kind, str] | None:
+    def obstacle(self, claim: Compared) -> Obstacle | None:
         """Why nothing follows from comparing them."""
-        if own := self.better.obstacle() or self.worse.obstacle():
+        if (own := together(self.better, self.worse)[1]) is not None:
             return own
-        if len(self.seeds) < SEEDS:
-            return (
-                "seeds",
-                f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)}, {SEEDS} are needed",
-            )
-        reference = self.reference.cell.method if self.reference else ""
-        others = [arm for arm in (self.better, self.worse) if arm.cell.method != reference]
+        others = [arm for arm in (self.better, self.worse) if arm is not self.reference]
         if not any(arm.learnt for arm in others):
             names = " and ".join(arm.label for arm in others)
             return "unlearnt", (
@@ -215,31 +221,35 @@ class Evidence:
             found.setdefault((cell.model, cell.task, cell.budget), {})[cell.method] = arm
         return found
 
-    def others(self, arms: dict[str, Arm], claim: Any) -> list[str]:
+    def others(self, methods: Iterable[str], claim: Any) -> list[str]:
         """Methods of the claim's families, the reference not among them."""
         wanted = getattr(claim, "methods", None)
-        methods = self.plan.catalog.methods
+        family = {name: entry.family for name, entry in self.plan.catalog.methods.items()}
         return [
             name
-            for name in arms
+            for name in methods
             if name != self.reference
-            and methods[name].family in claim.families
+            and family[name] in claim.families
             and (wanted is None or name in wanted)
         ]
+
+    def asked(self, methods: Collection[str], claim: Compared) -> list[tuple[str, str]]:
+        """The claim's comparisons among some methods: the better and the worse."""
+        if claim.baselines:
+            return [names for names in claim.baselines.items() if set(names) <= set(methods)]
+        others = self.others(methods, claim) if self.reference in methods else []
+        if claim.favours == "other":
+            return [(name, self.reference) for name in others]
+        return [(self.reference, name) for name in others]
 
     def pairs(self, claim: Compared) -> Iterator[Pair | LeftOut]:
         """Every comparison that a claim asks for, each distinct pair of trajectories once."""
         for (model, task, budget), arms in self.groups.items():
             if model not in (claim.models or (model,)) or task not in (claim.tasks or (task,)):
                 continue
-            wanted = [names for names in claim.baselines.items() if set(names) <= set(arms)]
-            if not claim.baselines and self.reference in arms:
-                flip = -1 if claim.favours == "other" else 1
-                found = [(self.reference, name)[::flip] for name in self.others(arms, claim)]
-                wanted = [(first, second) for first, second in found]
             twin = self.twins[model, task, budget]
             votes: dict[tuple[str, str], list[tuple[str, str]]] = {}
-            for names in wanted:
+            for names in self.asked(arms, claim):
                 votes.setdefault((twin[names[0]], twin[names[1]]), []).append(names)
             place = f"{model}/{task}/{budget}"
             for (first, second), several in votes.items():

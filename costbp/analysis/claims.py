@@ -15,7 +15,7 @@ from costbp.analysis.readings import READINGS
 from costbp.analysis.statistics import holm
 from costbp.analysis.tables import markdown, scale_line
 from costbp.config.claims import traces
-from costbp.config.study import Plan
+from costbp.config.study import Cell, Plan
 from costbp.cost.record import read_costs
 from costbp.files import write_json, write_text
 
@@ -68,7 +68,7 @@ def _rows(finding: Finding) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": row.name,
-                **row.cell,
+                **{key: getattr(row, key) for key in (*Cell._fields, "against")},
                 "estimate": estimate,
                 "low": low,
                 "high": high,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from costbp.analysis.arms import BLOCKED, SEEDS, Kind, LeftOut
 from costbp.analysis.statistics import ALPHA, POWER, Sample, aggregate, holm, largest
 from costbp.config.claims import Magnitude, Unit
+from costbp.config.study import Cell
 
 DECIDED = 0.5  # share of the comparisons that must be decided
 DECISIVE = 0.75  # share of the decided comparisons that settles a verdict
@@ -60,23 +61,33 @@ SCALES: Mapping[str, Scale] = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison that counts.
+class Measured:
+    """A comparison's outcome.
 
     Attributes:
         sample: positive where it speaks for the claim.
         text: what was measured, with its unit.
         sizes: for "up to": samples by unit's scale (log or not), where they differ from ``sample``.
-        shift: what ``sample`` has been moved by: the margin, or the bound of a ratio.
+        shift: what to add to ``sample`` for what was measured: a margin, a bound of a ratio.
     """
 
-    name: str
-    cell: Mapping[str, str]
     sample: Sample
     text: str
-    folders: list[str]
     sizes: Mapping[bool, list[Sample]] = field(default_factory=dict)
     shift: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
+    """One comparison that counts: its names and runs."""
+
+    name: str
+    model: str
+    task: str
+    budget: str
+    method: str
+    against: str
+    folders: list[str]
 
 
 @dataclass
@@ -97,6 +108,12 @@ class Finding:
     takes: str = ""
     rows: list[Row] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+
+    def add(self, measured: Measured, name: str, cell: Cell, against: str, runs: list[str]) -> None:
+        """File what was measured in a cell."""
+        self.rows.append(
+            Row(**vars(measured), name=name, **cell._asdict(), against=against, folders=runs)
+        )
 
     # --- direction -------------------------------------------------------------------------------
 
@@ -218,7 +235,7 @@ class Finding:
         sides, total = self.sides, len(self.rows)
         lead = {
             "for": "",
-            "against": "the opposite was measured of the claim that ",
+            "against": "it does not hold here that ",
             "undecided": "it stays undecided whether ",
         }
         tally = ", ".join(f"{sides.count(s)} {s}" for s in ("for", "against", "undecided"))

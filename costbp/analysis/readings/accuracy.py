@@ -6,9 +6,9 @@ from itertools import combinations
 
 import numpy as np
 
-from costbp.analysis.arms import CURVE, SEEDS, Evidence, LeftOut, Pair
-from costbp.analysis.finding import Finding, Row
-from costbp.analysis.readings.compare import Measured, compare, sides
+from costbp.analysis.arms import CURVE, Evidence, LeftOut, Pair, together
+from costbp.analysis.finding import Finding, Measured
+from costbp.analysis.readings.compare import compare, sides
 from costbp.analysis.statistics import Sample
 from costbp.config.claims import LearnsClaim, RankingClaim, ScoreClaim, SpikeClaim
 
@@ -57,23 +57,18 @@ def rankings(evidence: Evidence, claim: RankingClaim) -> Finding:
         for one, two in combinations(shared, 2):
             found = [arms[name] for arms in (ours, theirs) for name in (one, two)]
             name = f"{found[0].label} and {found[1].label}, {task}/{budget}"
-            why = next((w for arm in found if (w := arm.obstacle())), None)
-            seeds = set.intersection(*(set(arm.seeds) for arm in found))
-            if why is None and len(seeds) < SEEDS:
-                why = "seeds", f"{len(seeds)} seeds, {SEEDS} are needed"
+            seeds, why = together(*found)
             if why is not None:
                 finding.left_out.append(LeftOut(name, *why))
                 continue
-            kept = tuple(sorted(seeds))
-            score = [arm.column("test_accuracy", kept) for arm in found]
+            score = [arm.column("test_accuracy", seeds) for arm in found]
             orders = [Sample(score[0] - score[1]), Sample(score[2] - score[3])]
             weak = max(orders, key=lambda sample: sample.p)
             flips = orders[0].mean * orders[1].mean < 0
             sample = Sample(np.abs(weak.mean) * (1 if flips else -1) + weak.values - weak.mean)
             texts = [f"{100 * order.mean:+.1f} points" for order in orders]
-            folders = [folder for arm in found for folder in arm.folders(kept)]
-            cell = {"model": first, "task": task, "method": one, "budget": budget, "against": two}
-            finding.rows.append(Row(name, cell, sample, " and ".join(texts), folders))
+            folders = [folder for arm in found for folder in arm.folders(seeds)]
+            finding.add(Measured(sample, " and ".join(texts)), name, found[0].cell, two, folders)
     return finding
 
 
@@ -89,18 +84,15 @@ def learns(evidence: Evidence, claim: LearnsClaim) -> Finding:
     for (model, task, budget), arms in evidence.groups.items():
         for method in evidence.others(arms, claim) if task in claim.tasks else ():
             arm = arms[method]
-            name, why = f"{arm.label}, {model}/{task}/{budget}", arm.obstacle()
-            if why is None and len(arm.seeds) < SEEDS:
-                why = "seeds", f"{len(arm.seeds)} seeds, {SEEDS} are needed"
+            name, (seeds, why) = f"{arm.label}, {model}/{task}/{budget}", together(arm)
             if why is not None:
                 finding.left_out.append(LeftOut(name, *why))
                 continue
-            ends = [arm.curves[s][[0, -1], accuracy] for s in arm.seeds]
-            gains = np.array([end - start for start, end in ends])
-            cell = {**arm.cell._asdict(), "against": ""}
-            text = f"{100 * gains.mean():+.1f} points"
-            row = Row(name, cell, Sample(gains - GAINED), text, arm.folders(arm.seeds), {}, GAINED)
-            finding.rows.append(row)
+            gains = np.array([np.diff(arm.curves[s][[0, -1], accuracy])[0] for s in seeds])
+            found = Measured(
+                Sample(gains - GAINED), f"{100 * gains.mean():+.1f} points", {}, GAINED
+            )
+            finding.add(found, name, arm.cell, "", arm.folders(seeds))
     return finding
 
 

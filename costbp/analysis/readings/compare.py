@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from costbp.analysis.arms import Evidence, Kind, LeftOut, Pair
-from costbp.analysis.finding import Finding, Row
-from costbp.analysis.statistics import Sample
+from costbp.analysis.arms import Evidence, LeftOut, Obstacle, Pair
+from costbp.analysis.finding import Finding, Measured
 from costbp.config.claims import Compared
 
-
-@dataclass(frozen=True)
-class Measured:
-    """A comparison's outcome: see ``Row``."""
-
-    sample: Sample
-    text: str
-    sizes: dict[bool, list[Sample]] = field(default_factory=dict)
-    shift: float = 0.0
-
-
-Measure = Callable[[Pair], Measured | tuple[Kind, str]]  # or why nothing was measured
+Measure = Callable[[Pair], Measured | Obstacle]  # or why nothing was measured
 
 
 def compare(evidence: Evidence, claim: Compared, finding: Finding, measure: Measure) -> Finding:
@@ -43,19 +30,7 @@ def compare(evidence: Evidence, claim: Compared, finding: Finding, measure: Meas
             shown = f" (measured: {found.text})" if found else ""
             finding.left_out.append(LeftOut(pair.name, why[0], why[1] + shown))
         elif found is not None:
-            names = pair.better.cell._asdict()
-            cell = {**names, "against": pair.worse.cell.method}
-            finding.rows.append(
-                Row(
-                    pair.name,
-                    cell,
-                    found.sample,
-                    found.text,
-                    pair.folders,
-                    found.sizes,
-                    found.shift,
-                )
-            )
+            finding.add(found, pair.name, pair.better.cell, pair.worse.cell.method, pair.folders)
     return finding
 
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from costbp.analysis.arms import CURVE, LEARNT, Arm, Evidence, Kind, Pair
-from costbp.analysis.finding import Finding
+from costbp.analysis.arms import CURVE, LEARNT, Arm, Evidence, Obstacle, Pair
+from costbp.analysis.finding import Finding, Measured
 from costbp.analysis.frames import Frames
-from costbp.analysis.readings.compare import Measured, compare, sides
+from costbp.analysis.readings.compare import compare, sides
 from costbp.analysis.statistics import ALPHA, Sample
 from costbp.config.claims import TargetClaim
 from costbp.config.study import Plan
@@ -99,7 +99,7 @@ def ratio(pair: Pair, measure: str, share: float) -> Sample | None:
     return Sample(np.array(values), at_least=at_least, at_most=at_most)
 
 
-def _ready(pair: Pair, claim: TargetClaim, evidence: Evidence) -> tuple[Kind, str] | None:
+def _ready(pair: Pair, claim: TargetClaim, evidence: Evidence) -> Obstacle | None:
     """Why no target can be set, or what it takes to it not be compared."""
     if pair.reference is None or pair.reference.obstacle():
         return "missing", "targets are the reference's, which has no tuned and complete runs here"
@@ -130,12 +130,13 @@ def to_target(evidence: Evidence, claim: TargetClaim) -> Finding:
         "x",
     )
 
-    def measure(pair: Pair) -> Measured | tuple[Kind, str]:
+    def measure(pair: Pair) -> Measured | Obstacle:
         if why := _ready(pair, claim, evidence):
             return why
         found = {s: v for s in claim.targets if (v := ratio(pair, claim.measure, s)) is not None}
         if not found:
-            return "reach", f"neither method reached {100 * min(claim.targets):g} % in every seed"
+            least = f"{100 * min(claim.targets):g} %"
+            return "reach", f"in some seed neither reached {least}, or both before evaluations begin"
         parts = list(found.values())
         sample = Sample(
             np.mean([part.values for part in parts], axis=0),
@@ -167,7 +168,7 @@ def slowdown_over_d(evidence: Evidence, claim: TargetClaim) -> Finding:
         "below 1",
     )
 
-    def point(pair: Pair, seeds: tuple[int, ...]) -> np.ndarray | tuple[Kind, str]:
+    def point(pair: Pair, seeds: tuple[int, ...]) -> np.ndarray | Obstacle:
         if why := _ready(pair, claim, evidence):
             return why
         found = ratio(pair, claim.measure, claim.targets[0])

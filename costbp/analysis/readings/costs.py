@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from costbp.analysis.arms import Evidence, LeftOut
-from costbp.analysis.finding import Finding, Row
+from costbp.analysis.finding import Finding, Measured
 from costbp.analysis.readings.compare import sides
 from costbp.analysis.statistics import Sample
 from costbp.config.claims import CostClaim, LargestClaim
 from costbp.config.costs import card_bytes
+from costbp.config.study import Cell
 
 NAMES = {
     "flops": "FLOPs of a step",
@@ -62,12 +63,7 @@ def step_cost(evidence: Evidence, claim: CostClaim) -> Finding:
     )
     plan = evidence.plan
     for model, task, place, rows in _tables(evidence, claim):
-        names = [pair for pair in claim.baselines.items() if set(pair) <= set(rows)]
-        if not claim.baselines and evidence.reference in rows:
-            flip = -1 if claim.favours == "other" else 1
-            found = [(evidence.reference, name)[::flip] for name in evidence.others(rows, claim)]
-            names = [(first, second) for first, second in found]
-        for pair in names:
+        for pair in evidence.asked(rows, claim):
             labels = [plan.catalog.methods[name].label for name in pair]
             name = f"{labels[1]} over {labels[0]}, {place}"
             if (model, task) in evidence.plain and evidence.reference in pair:
@@ -78,30 +74,17 @@ def step_cost(evidence: Evidence, claim: CostClaim) -> Finding:
             inside = math.log(ratio / low) if low else math.inf
             inside = min(inside, math.log(high / ratio) if math.isfinite(high) else math.inf)
             sample = Sample(np.array([inside or 1e-9]), exact=True)  # on a bound: inside
-            runs = evidence.frames.runs
-            folders: list[str] = []
-            if "folder" in runs:
-                mine = runs["model"].eq(model) & runs["task"].eq(task) & runs["method"].isin(pair)
-                folders = [str(folder) for folder in runs.loc[mine, "folder"]]
-            cell = {
-                "model": model,
-                "task": task,
-                "budget": "",
-                "method": pair[0],
-                "against": pair[1],
-            }
             exact = Sample(np.array([math.log(ratio)]), exact=True)
-            finding.rows.append(
-                Row(
-                    name,
-                    cell,
-                    sample,
-                    f"{ratio:.3g}x",
-                    folders,
-                    {True: [exact]},
-                    math.log(ratio) - sample.mean,
-                )
+            measured = Measured(
+                sample, f"{ratio:.3g}x", {True: [exact]}, math.log(ratio) - sample.mean
             )
+            folders = [
+                folder
+                for cell, arm in evidence.arms.items()
+                if cell[:2] == (model, task) and cell.method in pair
+                for folder in arm.folders(arm.seeds)
+            ]
+            finding.add(measured, name, Cell(model, task, pair[0], ""), pair[1], folders)
     return finding
 
 
@@ -130,15 +113,11 @@ def largest_model(evidence: Evidence, claim: LargestClaim) -> Finding:
             last = [
                 fits[name][-1] if fits[name] else "none" for name in (traced.methods[0], method)
             ]
-            cell = {"model": last[0], "task": "", "budget": memory, "method": traced.methods[0]}
-            finding.rows.append(
-                Row(
-                    f"{labels[0]} against {label}, {memory}",
-                    {**cell, "against": method},
-                    Sample(np.array([more or -1e-9]), exact=True),
-                    f"{last[0]} against {last[1]}",
-                    [],
-                    shift=0.0 if more else 1e-9,
-                )
+            measured = Measured(
+                Sample(np.array([more or -1e-9]), exact=True),
+                f"{last[0]} against {last[1]}",
+                shift=0.0 if more else 1e-9,
             )
+            cell = Cell(last[0], "", traced.methods[0], memory)
+            finding.add(measured, f"{labels[0]} against {label}, {memory}", cell, method, [])
     return finding

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from costbp.analysis.arms import SEEDS, Evidence, Kind, LeftOut, Pair
-from costbp.analysis.finding import Finding, Row
-from costbp.analysis.readings.compare import Measured, sides
+from costbp.analysis.arms import Evidence, LeftOut, Obstacle, Pair, together
+from costbp.analysis.finding import Finding, Measured
+from costbp.analysis.readings.compare import sides
 from costbp.analysis.statistics import Sample
 from costbp.config.claims import Compared, ScaleClaim
+from costbp.config.study import Cell
 
-Point = Callable[[Pair, tuple[int, ...]], np.ndarray | tuple[Kind, str]]
+Point = Callable[[Pair, tuple[int, ...]], np.ndarray | Obstacle]
 SIZE = {"d": "d", "size": "weights_bytes"}  # what varies -> column of runs
 
 
@@ -43,16 +45,14 @@ def along(
             here = [name for name in models if name in pairs]
             if len(here) < 2:
                 continue
-            good = []
-            for name in here:
-                if why := pairs[name].obstacle(claim):
-                    finding.left_out.append(LeftOut(pairs[name].name, *why))
-                else:
-                    good.append(pairs[name])
-            seeds = (
-                tuple(s for s in good[0].seeds if all(s in p.seeds for p in good)) if good else ()
-            )
-            if len(good) < 2 or len(seeds) < SEEDS:
+            whys = {name: pairs[name].obstacle(claim) for name in here}
+            finding.left_out += [LeftOut(pairs[n].name, *why) for n, why in whys.items() if why]
+            good = [pairs[name] for name in here if whys[name] is None]
+            if len(good) < 2:
+                continue
+            seeds, why = together(*(arm for pair in good for arm in (pair.better, pair.worse)))
+            if why is not None:
+                finding.left_out.append(LeftOut(f"{good[0].name} and larger", *why))
                 continue
             found = [point(pair, seeds) for pair in good]
             if wrong := [(p, f) for p, f in zip(good, found, strict=True) if isinstance(f, tuple)]:
@@ -62,19 +62,12 @@ def along(
             slopes = np.polyfit(size, np.array(found), 1)[0]
             result = measured(slopes)
             ends = [100 * float(np.mean(values)) for values in np.array(found)[[0, -1]]]
-            models_text = f"{good[0].better.cell.model} to {good[-1].better.cell.model}"
+            cell = Cell(" to ".join(p.better.cell.model for p in good), task, better, budget)
             labels = f"{good[0].better.label} against {good[0].worse.label}"
-            cell = {"model": models_text, "task": task, "method": better, "budget": budget}
-            finding.rows.append(
-                Row(
-                    f"{labels}, {models_text}, {task}/{budget}",
-                    {**cell, "against": worse},
-                    result.sample,
-                    result.text.format(*ends),
-                    [folder for pair in good for folder in pair.folders],
-                    shift=result.shift,
-                )
-            )
+            name = f"{labels}, {cell.model}/{task}/{budget}"
+            result = dataclasses.replace(result, text=result.text.format(*ends))
+            folders = [folder for pair in good for folder in pair.folders]
+            finding.add(result, name, cell, worse, folders)
     return finding
 
 
