@@ -365,7 +365,10 @@ def test_an_unreached_target_is_said(plan):
     plan = only(plan, "fzoo_speed")
     frames = simulate(plan, others(Truth(0.47), plan) | {"bp_checkpointing": Truth(0.9)})
     claim = found(plan, frames)["fzoo_speed"]
-    assert claim["left_out"][0]["reason"] == "in some seed neither reached 25 %, or both before evaluations begin"
+    assert (
+        claim["left_out"][0]["reason"]
+        == "in some seed neither reached 25 %, or both before evaluations begin"
+    )
     assert claim["needs"] == "a longer budget: a target was reached by neither method"
 
 

@@ -136,7 +136,10 @@ def to_target(evidence: Evidence, claim: TargetClaim) -> Finding:
         found = {s: v for s in claim.targets if (v := ratio(pair, claim.measure, s)) is not None}
         if not found:
             least = f"{100 * min(claim.targets):g} %"
-            return "reach", f"in some seed neither reached {least}, or both before evaluations begin"
+            return (
+                "reach",
+                f"in some seed neither reached {least}, or both before evaluations begin",
+            )
         parts = list(found.values())
         sample = Sample(
             np.mean([part.values for part in parts], axis=0),
