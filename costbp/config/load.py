@@ -272,6 +272,9 @@ def _check_claims(plan: Plan, file: Path) -> None:
                     f"{plan.study.claims}: {name}.{key}: '{entry}' is not in "
                     f"{plan.study.catalog / kind}.yaml; {suggest(entry, entries)}"
                 )
+        for model in getattr(getattr(claim, "traced", None), "models", ()):
+            if why := _not_traced(plan.catalog.models[model]):
+                raise UserError(f"{plan.study.claims}: {name}.traced.models: '{model}' {why}")
         bases = getattr(claim, "series", ()) if getattr(claim, "varied", "d") == "d" else ()
         for models in bases:
             first, *rest = (plan.catalog.models[model].source for model in models)
