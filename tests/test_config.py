@@ -307,7 +307,7 @@ def test_groups_of_one_name_are_listed_by_kind(workdir):
     with Path("config/catalog/groups.yaml").open("a") as stream:
         stream.write("\nmodels:\n  study: [minilm_lora]\n")
     listed = json.loads(CliRunner().invoke(app, ["list", "groups", "--json"]).stdout)
-    assert set(listed) == {"methods.study", "models.study"}
+    assert set(listed) == {"methods.study", "methods.beyond", "models.study"}
     assert listed["models.study"]["members"] == "minilm_lora"
 
 
