@@ -258,10 +258,20 @@ class TaskEntry(Entry):
         description="Answer -> what describes it, for models with `head: label_words`; default: the "
         "answer itself.",
     )
+    objective: Literal["cross_entropy", "error_rate"] = Field(
+        "cross_entropy",
+        description="What is trained on; `error_rate`: one minus a batch's accuracy, which only methods "
+        "of differences can.",
+    )
     scoring: Literal["likelihood", "generation"] = Field(
         "likelihood",
         description="How a language model chooses an answer: the likeliest, or written.",
     )
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether derivatives of the objective say anything."""
+        return self.objective == "cross_entropy"
 
     @property
     def asset(self) -> str | None:

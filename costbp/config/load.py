@@ -147,6 +147,7 @@ def load_plan(
         claims=validate(Claims, claims, [(study.claims, claims)]),
     )
     _check_tuning(plan, blame(sources, ("tuning",)))
+    _check_objectives(plan, blame(sources, ("experiments",)))
     _check_claims(plan, blame(sources, ("experiments",)))
     return plan
 
@@ -251,6 +252,19 @@ def _check_tuning(plan: Plan, file: Path) -> None:
             raise UserError(
                 f"{file}: tuning.first: a trial of {cell.method} gets {budget / 2**tuning.total:g} "
                 f"forward units of {cell.budget}, and a step takes {least:g}; raise the budget"
+            )
+
+
+def _check_objectives(plan: Plan, file: Path) -> None:
+    """No method differentiates what is piecewise constant."""
+    for cell in plan.cells():
+        task, method = plan.catalog.tasks[cell.task], plan.catalog.methods[cell.method]
+        if not task.differentiable and method.differentiates:
+            raise UserError(
+                f"{file}: experiments: method '{cell.method}' can't be trained on task '{cell.task}': "
+                f"the derivative of its objective {task.objective} is zero almost everywhere; use "
+                "methods of differences there, and this one on a task of the same data with objective "
+                "cross_entropy"
             )
 
 
