@@ -33,9 +33,7 @@ from costbp.cost.step import (
 from costbp.data.prepare import Prepared
 from costbp.data.stream import BatchStream
 from costbp.device import allocator_peaks, forget_peaks, free, synchronise, to_device
-from costbp.estimators.base import COARSE
-from costbp.estimators.directions import Source
-from costbp.estimators.probe import Probe, settle
+from costbp.estimators.probe import COARSE, Probe, settle
 from costbp.models.loss import LOSSES
 from costbp.models.weights import load_tokenizer
 from costbp.objective import Batch, Key, Objective
@@ -236,7 +234,8 @@ class Run:
             if state.evaluated == len(points) - 1:
                 self._evaluate()
             state.evaluated += 1
-        return "completed", self._caution()
+        source = getattr(self.estimator.per_batch, "source", None)
+        return "completed", source.caution(self.objective) if source else ""
 
     def _settle(self) -> None:
         """Before the first step: how the method takes its differences, if it takes any."""
@@ -257,11 +256,6 @@ class Run:
                 )
         synchronise(device)
         state.evaluation_seconds += time.perf_counter() - start
-
-    def _caution(self) -> str:
-        """What the method's directions are on this model, where that isn't what its name says."""
-        source: Source | None = getattr(self.estimator.per_batch, "source", None)
-        return source.caution(self.objective) if source is not None else ""
 
     def _log(self, loss: float, norm: float, size: float) -> None:
         state = self.state
@@ -358,7 +352,6 @@ class Run:
         resident = self.resident()
         weights = resident.pop("weights")
         probe = Probe(**state.probe) if state.probe is not None else None
-        difference = self.estimator.difference
         return Summary(
             test_accuracy=tested.accuracy if tested else None,
             test_loss=_finite(tested.loss) if tested else None,
@@ -381,7 +374,7 @@ class Run:
             resumed=state.resumed,
             non_finite=state.non_finite,
             learning_rate=self.spec.optimizer.rate(self.objective.d),
-            eps=difference.step if difference else None,
+            eps=getattr(self.estimator.difference, "step", None),
             float32=probe is not None and probe.float32,
             difference_snr=probe.snr if probe else None,
             difference_cosine=probe.cosine if probe else None,
