@@ -4,13 +4,13 @@ oracle."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from costbp.estimators.base import Difference, Estimate, Estimator
+from costbp.estimators.base import Difference, Estimate, Estimator, Way
 from costbp.estimators.directions import Directions, Source
 from costbp.estimators.oracles import Oracle
 from costbp.objective import Batch, Key, Objective
@@ -39,6 +39,7 @@ class Projected(Estimator):
     count: int = 1
     scale: Literal["unbiased", "spread", "legacy"] = "unbiased"
     limit: float | None = None
+    divisible = True  # directions that learn from a batch learn from derivatives of its mean loss
 
     @property
     def difference(self) -> Difference | None:
@@ -50,6 +51,11 @@ class Projected(Estimator):
 
     def phase(self, step: int) -> int:
         return self.source.phase(step)
+
+    def ways(self, objective: Objective) -> list[Way]:
+        """Those of its oracle, for the directions of a step or of a calibration."""
+        ways = self.oracle.ways(max(self.count, getattr(self.source, "candidates", 1)))
+        return [Way(text, cost, replace(self, oracle=oracle)) for text, cost, oracle in ways]
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.source.state_dict()
