@@ -26,6 +26,12 @@ Loss = Callable[[Tensor, Batch], Tensor]
 Split = Callable[[Batch], Iterable[tuple[Tensor, Batch]]]
 
 
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """Examples ``start`` to ``stop`` of a batch; one that is no plain mapping cuts itself."""
+    own = getattr(batch, "cut", None)
+    return own(start, stop) if own else {name: rows[start:stop] for name, rows in batch.items()}
+
+
 @dataclass(frozen=True)
 class Key:
     """Names one draw of randomness: (seed, step, path). Equal keys give equal draws."""
@@ -180,6 +186,12 @@ class Objective:
     def value(self, batch: Batch) -> Tensor:
         """Loss [] of the module as it stands."""
         return functools.reduce(operator.add, self._terms(batch, self._plain))
+
+    def output(self, batch: Batch) -> Tensor:
+        """What the module puts out as it stands."""
+        self._seed()
+        output: Tensor = self.module(batch)
+        return output
 
     def at(self, theta: Tensor, batch: Batch) -> Tensor:
         """Loss [] at ``theta`` [d]: the pure function that ``jvp`` and ``vmap`` want."""

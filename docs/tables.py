@@ -16,13 +16,34 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from costbp.config import catalog, claims, costs, load_plan, methods, optimizer, sources, study
+from costbp.config import (
+    catalog,
+    claims,
+    costs,
+    load_plan,
+    methods,
+    optimizer,
+    parts,
+    sources,
+    study,
+    tuning,
+)
 from costbp.config.entries import Entry
 from costbp.config.methods import BackpropSpec, MethodEntry, ProjectedSpec
 from costbp.config.shares import Shares
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES: tuple[ModuleType, ...] = (catalog, claims, costs, methods, optimizer, sources, study)
+MODULES: tuple[ModuleType, ...] = (
+    catalog,
+    claims,
+    costs,
+    methods,
+    optimizer,
+    parts,
+    sources,
+    study,
+    tuning,
+)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 WORDS = {"object": "mapping", "string": "text", "boolean": "true, false", "null": "null"}
@@ -45,8 +66,8 @@ def table_of(model: type[BaseModel]) -> str:
     """A row for each key of a class: what it may hold, its default, what it means."""
     shared = {
         name
-        for base in (Entry, sources.Source, claims.ReferenceClaim.__base__)
-        if issubclass(model, base) and model not in (base, claims.ReferenceClaim)
+        for base in (Entry, sources.Source, claims.Stated, claims.Compared)
+        if issubclass(model, base) and model is not base
         for name, field in base.model_fields.items()
         if model.model_fields[name].default == field.default
     }
@@ -124,6 +145,8 @@ def _parts(entry: MethodEntry) -> Iterator[str]:
     elif isinstance(spec, ProjectedSpec):
         yield spec.oracle.kind + _settings(spec.oracle)
         yield f"{spec.directions.kind}{_settings(spec.directions)}, K = {spec.directions.count}"
+        if spec.groups != 1:
+            yield "for each example" if spec.groups == "examples" else f"{spec.groups} groups"
         if spec.scale != "unbiased":
             yield f"scale `{spec.scale}`"
     else:

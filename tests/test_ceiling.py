@@ -30,7 +30,7 @@ from costbp.estimators.memory_plans import keep_all, per_block
 from costbp.estimators.oracles import Central, Exact, OneSided
 from costbp.estimators.projected import Projected
 from costbp.estimators.variance import SVRG, Accumulate
-from costbp.models.loss import cross_entropy, micro_batches
+from costbp.models.loss import cross_entropy, error_rate, micro_batches
 from costbp.models.modules import Head
 from costbp.objective import Key, Objective
 from costbp.train import experiment
@@ -52,6 +52,8 @@ ESTIMATORS = {
     "zo": lambda: Projected(Central(EPS, "never"), Gaussian(), 3),
     "zo, batched": lambda: Projected(Central(EPS, "always"), Gaussian(), 3),
     "zo, sparse": lambda: Projected(Central(EPS), Sparse(0.5, 5)),
+    "zo, by examples": lambda: Projected(Central(EPS), Gaussian(), 2, groups="examples"),
+    "fmad, two groups": lambda: Projected(Exact(), Gaussian(), 2, groups=2),
     "zo by its spread": lambda: Projected(OneSided(EPS), Gaussian(), 3, "spread", 0.05),
     "hizoo": lambda: HessianInformed(Central(EPS), 0.5),
     "fmad, signs": lambda: Clipped(Projected(Exact(), Gaussian(), 2), 0.1, True),
@@ -127,6 +129,15 @@ def test_parts_have_their_own_images():
     assert [len(one["pixel_values"]), len(two["pixel_values"])] == [20, 12]
     assert torch.equal(torch.cat([one["pixel_values"], two["pixel_values"]]), patches)
     assert [float(first), float(second)] == [1.0, 0.0]
+
+
+def test_a_task_put_to_its_own_objective_is_divided_too():
+    """The error rate of a batch is the mean of its examples', as the loss is."""
+    objective, batch = Objective(network().module, error_rate), examples(5)
+    whole = objective.value(batch)
+    with parts(objective, 2):
+        assert objective.value(batch) == pytest.approx(float(whole), rel=1e-6)
+    assert 0 < whole < 1
 
 
 @pytest.mark.parametrize("plan", [keep_all, per_block])

@@ -102,6 +102,7 @@ def halvings(whole: int) -> Iterator[int]:
 
 
 STEP = 1e-3  # of a difference in float32 (MeZO, arXiv 2305.17333)
+COARSE = 0.1  # of one of a piecewise constant loss, which must change some answers
 
 
 class Estimator(ABC):

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from costbp.device_pool import device_slot, largest_memory
 from costbp.errors import UserError
 from costbp.files import atomic, lock, write_json
 from costbp.models.build import build_model
-from costbp.models.loss import cross_entropy
+from costbp.models.loss import LOSSES
 from costbp.objective import Objective
 from costbp.train.loop import Interrupted, Run, StepEvent
 from costbp.train.progress import watching
@@ -72,7 +72,7 @@ class Stop:
 
 def run_specs(
     plan: Plan,
-    specs: Sequence[RunSpec],
+    specs: Iterable[RunSpec],
     *,
     test: bool = True,
     force: bool = False,
@@ -81,6 +81,7 @@ def run_specs(
     """Run specs one after the other in this process; what the store holds is not run again.
 
     Args:
+        specs: may follow from the records of those before, of which ``done`` is told first.
         test: score the test split at the end (tuning trials must not).
         force: start runs although they don't fit by their traced memory.
         done: told of each record, also of those the store already held.
@@ -232,7 +233,7 @@ class _Session:
         if arranged is None and spec.budget.peak_memory is not None:
             train = data.splits["train"]
             largest = to_device(train.batch(train.order()[-spec.task.batch_size :]), device)
-            objective = Objective(module, cross_entropy)
+            objective = Objective(module, LOSSES[spec.task.objective])
             arranged = metered_arrangement(self.plan, spec, objective, largest)
         run = Run(spec, module, data, device, self.assets, arranged)
         key = f"{self.plan.cost_key(*spec.cell[:3])} {arranged.text if arranged else ''}"
