@@ -27,6 +27,18 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+CEILINGS = {  # what stands there -> words of the refusal
+    "0": ["is 0, and wants a size, as 96MB", "1 or more"],
+    "0MB": ["= '0MB'", "a positive number with a unit"],
+    "96XB": ["= '96XB'", "a positive number with a unit, as 24GB"],
+    "'96'": ["= '96'", "with a unit"],
+    "{inference: 0.9}": ["is {'inference': 0.9}, and wants", "1 or more"],
+    "{inference: .inf}": ["1 or more"],
+    "{inferense: 2}": ["is {'inferense': 2}, and wants", "{inference: 1.5}"],
+    "[96MB]": ["is ['96MB'], and wants"],
+}
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
@@ -42,6 +54,12 @@ def edit(path: Path, old: str, new: str) -> None:
         ("config.yaml", "study: laptop", "study: [laptop", ["line", "not valid YAML"]),
         ("catalog/budgets.yaml", "forward_units: 400", "forward_units: 0", ["units_400", "= 0", "greater than 0"]),
         ("catalog/budgets.yaml", "forward_units: 400", "forward_units: 400\n  steps: 3", ["exactly one of"]),
+        *((
+            "catalog/budgets.yaml",
+            "forward_units: 400",
+            f"forward_units: 400\n  peak_memory: {given}",
+            ["units_400.peak_memory", *words],
+        ) for given, words in CEILINGS.items()),
         ("catalog/methods.yaml", "plan: per_block", "plan: per_blok", ["'per_blok'", "did you mean 'per_block'"]),
         ("catalog/methods.yaml", "count: 8", "count: 0", ["directions.count", "= 0"]),
         ("catalog/methods.yaml", "{kind: central}", "{kind: central, eps: 0}", ["oracle", "eps", "greater than 0"]),

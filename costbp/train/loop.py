@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from costbp.config.study import RunSpec
 from costbp.console import say
+from costbp.cost.ceiling import Arrangement
 from costbp.cost.step import (
     CostCounter,
     Count,
@@ -94,8 +95,8 @@ class Run:
         module: what is trained.
         data: encoded splits.
         device: where it runs.
-        costs: counter shared by runs of one experiment, whose steps cost the same.
         assets: folder of what was fetched, for the tokenizer that reads written answers.
+        arrangement: how estimates are computed under a ceiling; None: as the method is set.
     """
 
     def __init__(
@@ -104,20 +105,22 @@ class Run:
         module: nn.Module,
         data: Prepared,
         device: torch.device,
-        costs: CostCounter | None = None,
         assets: Path = Path(),
+        arrangement: Arrangement | None = None,
     ) -> None:
         self.spec, self.data, self.device = spec, data, device
         self.module = module.to(device)
         self.objective = Objective(self.module, LOSSES[spec.task.objective])
-        self.estimator = spec.method.build()
+        self.estimator, self.arrangement = spec.method.build(), arrangement
+        if arrangement is not None:
+            self.estimator = arrangement.arrange(self.estimator, self.objective)
         if self.estimator.difference is not None and not spec.task.differentiable:
             self.estimator.difference.eps = self.estimator.difference.eps or COARSE
         self.optimizer = spec.optimizer.build(self.objective.theta)
         self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
         self.state = State()
         self.kept: Tensor | None = None  # theta [d] at the best evaluation
-        self.cost_of = costs or CostCounter(self.estimator)
+        self.cost_of = CostCounter(self.estimator)  # runs whose steps cost the same may share one
         self.scorer = Scorer(
             data,
             load_task(spec.task.loader),
@@ -384,6 +387,7 @@ class Run:
             forward_seconds=self._forward_seconds() if test else None,
             allocated_bytes=state.allocated or None,
             reserved_bytes=state.reserved or None,
+            **(self.arrangement.figures if self.arrangement else {}),
         )
 
     def _step_seconds(self) -> float | None:
