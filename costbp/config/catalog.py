@@ -320,10 +320,11 @@ class BudgetEntry(Entry):
         return float(self.forward_units if self.forward_units is not None else self.steps or 0)
 
     def scaled(self, fraction: float) -> BudgetEntry:
-        """The same rule with `fraction` of the limit, for tuning trials."""
+        """The same rule with `fraction` of the limit and no ceiling, for tuning trials."""
+        less: dict[str, Any] = {"steps": max(1, round((self.steps or 1) * fraction))}
         if self.forward_units is not None:
-            return self.model_copy(update={"forward_units": self.forward_units * fraction})
-        return self.model_copy(update={"steps": max(1, round((self.steps or 1) * fraction))})
+            less = {"forward_units": self.forward_units * fraction}
+        return self.model_copy(update={"peak_memory": None, **less})
 
 
 class AssetEntry(Entry):
