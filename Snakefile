@@ -7,10 +7,11 @@ from snakemake.exceptions import WorkflowError
 
 from costbp.analysis.outputs import REPORT
 from costbp.config import Cell, load_plan
+from costbp.config.claims import traces
 from costbp.errors import UserError
 from costbp.files import write_text
 from costbp.data.pairs import check_pairs
-from costbp.cost.outlook import outlook_line
+from costbp.cost.outlook import outlook_lines
 
 
 configfile: "config/config.yaml"
@@ -29,8 +30,9 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-if workflow.is_main_process and (outlook := outlook_line(PLAN)):
-    print(outlook, file=sys.stderr)
+if workflow.is_main_process:
+    for line in outlook_lines(PLAN, tunes="tune" in sys.argv):
+        print(line, file=sys.stderr)
 
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name

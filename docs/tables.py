@@ -24,8 +24,10 @@ from costbp.config import (
     load_plan,
     methods,
     optimizer,
+    parts,
     sources,
     study,
+    tuning,
 )
 from costbp.config.entries import Entry
 from costbp.config.methods import BackpropSpec, MethodEntry, ProjectedSpec
@@ -39,8 +41,10 @@ MODULES: tuple[ModuleType, ...] = (
     insight,
     methods,
     optimizer,
+    parts,
     sources,
     study,
+    tuning,
 )
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -64,8 +68,8 @@ def table_of(model: type[BaseModel]) -> str:
     """A row for each key of a class: what it may hold, its default, what it means."""
     shared = {
         name
-        for base in (Entry, sources.Source, insight.Measured, claims.ReferenceClaim.__base__)
-        if issubclass(model, base) and model not in (base, claims.ReferenceClaim)
+        for base in (Entry, sources.Source, claims.Stated, claims.Compared, insight.Measured)
+        if issubclass(model, base) and model is not base
         for name, field in base.model_fields.items()
         if model.model_fields[name].default == field.default
     }
@@ -143,6 +147,8 @@ def _parts(entry: MethodEntry) -> Iterator[str]:
     elif isinstance(spec, ProjectedSpec):
         yield spec.oracle.kind + _settings(spec.oracle)
         yield f"{spec.directions.kind}{_settings(spec.directions)}, K = {spec.directions.count}"
+        if spec.groups != 1:
+            yield "for each example" if spec.groups == "examples" else f"{spec.groups} groups"
         if spec.scale != "unbiased":
             yield f"scale `{spec.scale}`"
     else:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from costbp.config.catalog import Catalog
 from costbp.config.entries import Strict, short_hash
-from costbp.config.methods import (
+from costbp.config.parts import (
     AnyDirections,
     CalibratedDirections,
     LowRankDirections,

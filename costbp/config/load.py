@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -11,16 +12,16 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from costbp.config.catalog import Catalog, LocalData, ModelEntry
-from costbp.config.claims import Claims, VariantClaim
+from costbp.config.claims import Claims, Compared
 from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
 from costbp.config.groups import Names, load_groups
 from costbp.config.insight import Trained
 from costbp.config.methods import MethodEntry
-from costbp.config.optimizer import OptimizerSpec
 from costbp.config.read import Loc, Sources, blame, dotted, laid_over, read_yaml, validate, value_at
 from costbp.config.sources import FolderSource
 from costbp.config.study import Plan, Study
+from costbp.config.tuning import Choices, Tuned
 from costbp.errors import UserError, suggest
 
 DEFAULT = Path("config/config.yaml")
@@ -104,7 +105,7 @@ def swept(
 
 class _TunedFile(Strict):
     about: str = ""
-    choices: dict[str, dict[str, dict[str, OptimizerSpec]]]
+    choices: Choices
 
 
 def load_plan(
@@ -135,8 +136,8 @@ def load_plan(
     study = _resolved(study, names)
     _check_sweeps(study, catalog, sources)
     _check_paths(study, catalog, sources)
-    tuned = {}
-    if study.tuning.file.exists():
+    tuned: Choices = {}
+    if study.tuning.file.exists() and not study.tuning.first:
         content = read_yaml(study.tuning.file)
         tuned = validate(_TunedFile, content, [(study.tuning.file, content)]).choices
     claims = read_yaml(study.claims)
@@ -146,7 +147,8 @@ def load_plan(
         tuned=tuned,
         claims=validate(Claims, claims, [(study.claims, claims)]),
     )
-    _check_trials(plan)
+    _check_tuning(plan, blame(sources, ("tuning",)))
+    _check_objectives(plan, blame(sources, ("experiments",)))
     _check_claims(plan, blame(sources, ("experiments",)))
     return plan
 
@@ -216,15 +218,60 @@ def _check_sweeps(study: Study, catalog: Catalog, sources: Sources) -> None:
             swept(catalog.models[sweep.model], methods, sweep, value, where)
 
 
-def _check_trials(plan: Plan) -> None:
-    """Fairness: every method of a study has the same number of trials."""
-    counts = {cell.method: len(plan.catalog.methods[cell.method].trials) for cell in plan.cells()}
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(
-            f"{plan.study.catalog}/methods.yaml: methods of one study need the same number of "
-            f"tuning trials, found {listed}"
-        )
+def own_choices(plan: Plan) -> Choices:
+    """The choices of the study's own trials, as far as they have been made."""
+    found: Choices = {}
+    for cell in plan.cells():
+        if (path := plan.trials_file(cell)).exists():
+            tuned = Tuned.model_validate_json(path.read_bytes())
+            methods = found.setdefault(cell.model, {}).setdefault(cell.task, {})
+            methods.setdefault(cell.method, {})[cell.budget] = tuned
+    return found
+
+
+def settled(plan: Plan) -> Plan:
+    """The plan with the choices that it runs by: where it tunes first, those of its own trials."""
+    return plan.model_copy(update={"tuned": own_choices(plan)}) if plan.study.tuning.first else plan
+
+
+def _check_tuning(plan: Plan, file: Path) -> None:
+    """The first round has room for every rate, and trials have a seed of their own."""
+    tuning, study = plan.study.tuning, plan.study
+    if tuning.seed in {*study.seeds, *(s for b in study.experiments for s in b.seeds or ())}:
+        raise UserError(f"{file}: tuning.seed = {tuning.seed} is one of the study's seeds")
+    for name in dict.fromkeys(cell.method for cell in plan.cells()):
+        method = plan.catalog.methods[name]
+        if not (roots := tuning.roots(method)):
+            raise UserError(
+                f"{file}: tuning.rates has none for {', '.join(method.optimizers)}, and {name} "
+                "takes no other optimiser"
+            )
+        if len(roots) > 2**tuning.total:
+            raise UserError(
+                f"{file}: tuning.total = {tuning.total} makes {2**tuning.total} trials in the first "
+                f"round, and {name} has {len(roots)} rates; raise it, or try fewer rates"
+            )
+    for cell in plan.cells() if tuning.first else ():
+        budget = plan.catalog.budgets[cell.budget].forward_units or math.inf
+        least = plan.catalog.methods[cell.method].closed_form() or 0.0
+        if budget / 2**tuning.total < least:
+            raise UserError(
+                f"{file}: tuning.first: a trial of {cell.method} gets {budget / 2**tuning.total:g} "
+                f"forward units of {cell.budget}, and a step takes {least:g}; raise the budget"
+            )
+
+
+def _check_objectives(plan: Plan, file: Path) -> None:
+    """No method differentiates what is piecewise constant."""
+    for cell in plan.cells():
+        task, method = plan.catalog.tasks[cell.task], plan.catalog.methods[cell.method]
+        if not task.differentiable and method.differentiates:
+            raise UserError(
+                f"{file}: experiments: method '{cell.method}' can't be trained on task '{cell.task}': "
+                f"the derivative of its objective {task.objective} is zero almost everywhere; use "
+                "methods of differences there, and this one on a task of the same data with objective "
+                "cross_entropy"
+            )
 
 
 def _check_claims(plan: Plan, file: Path) -> None:
@@ -238,10 +285,34 @@ def _check_claims(plan: Plan, file: Path) -> None:
             f", found {', '.join(found) or 'none'}"
         )
     for name, claim in plan.claims.items():
-        if isinstance(claim, VariantClaim):
-            for method in (*claim.baselines, *claim.baselines.values()):
-                if method not in known:
-                    raise UserError(
-                        f"{plan.study.claims}: {name}.baselines: '{method}' is not in "
-                        f"{plan.study.catalog}/methods.yaml; {suggest(method, known)}"
-                    )
+        for kind, key, entry in _named(claim):
+            entries = getattr(plan.catalog, kind)
+            if entry not in entries:
+                raise UserError(
+                    f"{plan.study.claims}: {name}.{key}: '{entry}' is not in "
+                    f"{plan.study.catalog / kind}.yaml; {suggest(entry, entries)}"
+                )
+        for model in getattr(getattr(claim, "traced", None), "models", ()):
+            if why := _not_traced(plan.catalog.models[model]):
+                raise UserError(f"{plan.study.claims}: {name}.traced.models: '{model}' {why}")
+        bases = getattr(claim, "series", ()) if getattr(claim, "varied", "d") == "d" else ()
+        for models in bases:
+            first, *rest = (plan.catalog.models[model].source for model in models)
+            if any(source != first for source in rest):
+                raise UserError(
+                    f"{plan.study.claims}: {name}.series: {', '.join(models)} must share one source, so "
+                    "that d alone differs"
+                )
+
+
+def _named(claim: Any) -> Iterator[tuple[str, str, str]]:
+    """What a claim names of the catalog: (kind, key of the claim, entry)."""
+    parts = {"": claim, "traced.": getattr(claim, "traced", None)}
+    for prefix, part in parts.items():
+        for kind in ("models", "tasks", "methods"):
+            yield from ((kind, prefix + kind, name) for name in getattr(part, kind, None) or ())
+    for names in getattr(claim, "series", ()):
+        yield from (("models", "series", name) for name in names)
+    if isinstance(claim, Compared):
+        for pair in claim.baselines.items():
+            yield from (("methods", "baselines", name) for name in pair)

@@ -1,6 +1,8 @@
-"""The loss that everything here is trained on."""
+"""The losses that runs are trained on: cross-entropy, or the error rate itself."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,23 @@ from torch.utils.checkpoint import checkpoint
 from costbp.objective import Batch
 
 IGNORED = -100  # label of a place that doesn't count
+
+
+def micro_batches(batch: Batch, rows: int) -> list[tuple[Tensor, Batch]]:
+    """A batch in parts of ``rows`` examples, the last of what is left, each with its share [] of the
+    terms that the batch's loss is the mean of: examples, or next tokens that count."""
+    labels = batch["labels"]
+    parts: list[dict[str, Tensor]] = [{} for _ in labels.split(rows)]
+    for name, value in batch.items():
+        sizes: Any = rows
+        if len(value) != len(labels):  # patches, of which images have differing numbers
+            grids = batch["image_grid_thw"].split(rows)
+            sizes = [int(grid.prod(1).sum()) for grid in grids]
+        for part, piece in zip(parts, value.split(sizes), strict=True):
+            part[name] = piece
+    terms = [next_tokens(p["labels"]) if labels.ndim > 1 else p["labels"] for p in parts]
+    counts = torch.stack([(wanted != IGNORED).sum() for wanted in terms]).double()
+    return list(zip(counts / counts.sum(), parts, strict=True))
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
@@ -24,6 +43,16 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(_wide(logits), labels, ignore_index=IGNORED)
 
 
+def error_rate(logits: Tensor, batch: Batch) -> Tensor:
+    """Share [] of wrong classes, or of wrong next tokens, in float32: one minus the accuracy. It is
+    piecewise constant, so only differences see it."""
+    labels = batch["labels"]
+    if logits.ndim == 3:
+        labels, logits = next_tokens(labels), logits.flatten(0, 1)
+    counts = labels != IGNORED
+    return ((logits.argmax(-1) != labels) & counts).sum() / counts.sum()
+
+
 def next_tokens(labels: Tensor) -> Tensor:
     """Each place's next token [n * length]. Labels move and logits don't: a copy of those would be
     the largest tensor of a step."""
@@ -32,6 +61,9 @@ def next_tokens(labels: Tensor) -> Tensor:
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+LOSSES = {"cross_entropy": cross_entropy, "error_rate": error_rate}
 
 
 class ChunkedLoss(nn.Module):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from costbp.config.study import RunSpec
 from costbp.console import say
+from costbp.cost.ceiling import Arrangement
 from costbp.cost.step import (
     CostCounter,
     Count,
@@ -33,8 +34,8 @@ from costbp.cost.step import (
 from costbp.data.prepare import Prepared
 from costbp.data.stream import BatchStream
 from costbp.device import allocator_peaks, forget_peaks, free, synchronise, to_device
-from costbp.estimators.probe import Probe, settle
-from costbp.models.loss import cross_entropy
+from costbp.estimators.probe import COARSE, Probe, settle
+from costbp.models.loss import LOSSES
 from costbp.models.weights import load_tokenizer
 from costbp.objective import Batch, Key, Objective
 from costbp.tasks.base import load_task
@@ -94,8 +95,8 @@ class Run:
         module: what is trained.
         data: encoded splits.
         device: where it runs.
-        costs: counter shared by runs of one experiment, whose steps cost the same.
         assets: folder of what was fetched, for the tokenizer that reads written answers.
+        arrangement: how estimates are computed under a ceiling; None: as the method is set.
     """
 
     def __init__(
@@ -104,24 +105,29 @@ class Run:
         module: nn.Module,
         data: Prepared,
         device: torch.device,
-        costs: CostCounter | None = None,
         assets: Path = Path(),
+        arrangement: Arrangement | None = None,
     ) -> None:
         self.spec, self.data, self.device = spec, data, device
         self.module = module.to(device)
-        self.objective = Objective(self.module, cross_entropy)
-        self.estimator = spec.method.build()
+        self.objective = Objective(self.module, LOSSES[spec.task.objective])
+        self.estimator, self.arrangement = spec.method.build(), arrangement
+        if arrangement is not None:
+            self.estimator = arrangement.arrange(self.estimator, self.objective)
+        if self.estimator.difference is not None and not spec.task.differentiable:
+            self.estimator.difference.eps = self.estimator.difference.eps or COARSE
         self.optimizer = spec.optimizer.build(self.objective.theta)
         self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
         self.state = State()
         self.kept: Tensor | None = None  # theta [d] at the best evaluation
-        self.cost_of = costs or CostCounter(self.estimator)
+        self.cost_of = CostCounter(self.estimator)  # runs whose steps cost the same may share one
         self.scorer = Scorer(
             data,
             load_task(spec.task.loader),
             spec.evaluation.batch_size,
             device,
             partial(load_tokenizer, spec.model, assets),
+            self.objective.loss,
         )
 
     # --- state ---------------------------------------------------------------------------------
@@ -231,12 +237,13 @@ class Run:
             if state.evaluated == len(points) - 1:
                 self._evaluate()
             state.evaluated += 1
-        return "completed", ""
+        source = getattr(self.estimator.per_batch, "source", None)
+        return "completed", source.caution(self.objective) if source else ""
 
     def _settle(self) -> None:
         """Before the first step: how the method takes its differences, if it takes any."""
         state, device = self.state, self.device
-        if state.step or state.probe is not None:
+        if state.step or state.probe is not None or not self.spec.task.differentiable:
             return
         start = time.perf_counter()
         probe = settle(self.objective, self.estimator, self.batches()[0], Key(self.spec.seed, 0))
@@ -274,7 +281,8 @@ class Run:
         if state.first_loss is None or state.smooth_loss is None:
             state.first_loss = state.smooth_loss = loss
         state.smooth_loss = SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * loss
-        if state.smooth_loss > limit * max(state.first_loss, 1e-3):
+        least = 1e-3 if self.spec.task.differentiable else 1.0  # an error rate may start at 0
+        if state.smooth_loss > limit * max(state.first_loss, least):
             return f"training loss above {limit:g} times its start at step {state.step}"
         return ""
 
@@ -369,7 +377,7 @@ class Run:
             resumed=state.resumed,
             non_finite=state.non_finite,
             learning_rate=self.spec.optimizer.rate(self.objective.d),
-            eps=probe.eps if probe else None,
+            eps=getattr(self.estimator.difference, "step", None),
             float32=probe is not None and probe.float32,
             difference_snr=probe.snr if probe else None,
             difference_cosine=probe.cosine if probe else None,
@@ -379,6 +387,7 @@ class Run:
             forward_seconds=self._forward_seconds() if test else None,
             allocated_bytes=state.allocated or None,
             reserved_bytes=state.reserved or None,
+            **(self.arrangement.figures if self.arrangement else {}),
         )
 
     def _step_seconds(self) -> float | None:
