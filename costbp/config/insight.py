@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from costbp.config.catalog import Catalog
 from costbp.config.entries import Strict, short_hash
-from costbp.config.parts import (
-    AnyDirections,
-    CalibratedDirections,
-    LowRankDirections,
-    PlainDirections,
-    SparseDirections,
-)
 
-KINDS: dict[str, AnyDirections] = {
-    "Gaussian": PlainDirections(kind="gaussian"),
-    "Rademacher": PlainDirections(kind="rademacher"),
-    "sphere": PlainDirections(kind="sphere"),
-    "orthogonal": PlainDirections(kind="orthogonal"),
-    "coordinate": PlainDirections(kind="coordinate"),
-    "low rank": LowRankDirections(kind="low_rank", rank=1),
-    "sparse": SparseDirections(kind="sparse", fraction=0.1, refresh=1),
-    "calibrated": CalibratedDirections(kind="calibrated", every=1),
-}
+Kind = Literal[
+    "Gaussian",
+    "Rademacher",
+    "sphere",
+    "orthogonal",
+    "coordinate",
+    "low rank",
+    "sparse",
+    "calibrated",
+]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
@@ -33,7 +26,7 @@ class Measured(Strict):
     """What is asked of a problem."""
 
     counts: Counts | None = Field(None, description="Directions K; default: those of `insight`.")
-    directions: tuple[str, ...] | None = Field(None, description="Kinds; default: all.")
+    directions: tuple[Kind, ...] = Field(get_args(Kind), description="Kinds that are measured.")
     descent: bool = Field(True, description="Measure stable rates and slow-down, too.")
 
 
@@ -46,11 +39,8 @@ class Quadratic(Measured):
 
     @property
     def title(self) -> str:
-        return (
-            f"Quadratic, curvatures i^-{self.decay:g}"
-            if self.decay
-            else "Quadratic, all curvatures 1"
-        )
+        how = f"curvatures i^-{self.decay:g}" if self.decay else "all curvatures 1"
+        return f"Quadratic, {how}"
 
 
 class Trained(Measured):
@@ -72,9 +62,6 @@ class Insight(Strict):
         min_length=1, description="What is measured, by name."
     )
     counts: Counts = Field((1, 4, 16, 64), description="Directions K; those above d are left out.")
-    directions: dict[str, AnyDirections] = Field(
-        KINDS, description="Kinds of directions, by the name that figures show."
-    )
     draws: int = Field(128, ge=2, description="Directions behind a point: draws / K repeats.")
     repeats: int = Field(5, ge=2, description="Repeats of a point at least, each with its seed.")
     descents: int = Field(5, ge=2, description="Repeats of a stable rate and of a slow-down.")
@@ -82,17 +69,6 @@ class Insight(Strict):
     reach: Counts = Field((8, 32), description="BP's steps to the losses that others must reach.")
     longest: int = Field(5000, ge=1, description="Steps after which a run is given up.")
     seed: int = Field(0, description="First seed.")
-
-    @model_validator(mode="after")
-    def _kinds_are_known(self) -> Insight:
-        for name, problem in self.problems.items():
-            for kind in problem.directions or ():
-                if kind not in self.directions:
-                    raise ValueError(
-                        f"problems.{name}.directions: no '{kind}'; allowed: "
-                        f"{', '.join(self.directions)}"
-                    )
-        return self
 
     def key(self, name: str, catalog: Catalog) -> str:
         """Hash of what a problem's points depend on, but for the data."""

@@ -32,10 +32,10 @@ class Spectrum:
         """What is shown of it, by name, an estimate for each probe."""
         square = sum(self.squares) / len(self.squares)
         return {
-            "largest": [self.largest],
+            "largest curvature": [self.largest],
             "trace": self.traces,
             "effective rank": [effective_rank(trace, self.largest) for trace in self.traces],
-            "participation": [participation(trace, square) for trace in self.traces],
+            "trace^2 / sum of squares": [participation(trace, square) for trace in self.traces],
         }
 
 
@@ -80,7 +80,7 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor,
         for _ in range(2):
             v = v - frame.T @ (frame @ v)
         beside.append(v.norm())
-        if beside[-1] <= 1e-6 * diagonal[0].abs():  # the space is exhausted
+        if beside[-1] <= 1e-9 * torch.stack([*diagonal, *beside]).abs().max():  # exhausted
             break
         basis.append(v / beside[-1])
     size = len(diagonal)

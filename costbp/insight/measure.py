@@ -24,6 +24,6 @@ def measure(plan: Plan, name: str) -> Iterator[Point]:
     spec = insight.problems[name]
     bench = Bench.of(plan, name)
     counts = spec.counts or insight.counts
-    yield from estimates(bench, insight, spec.directions or list(insight.directions), counts)
+    yield from estimates(bench, insight, spec.directions, counts)
     if spec.descent:
         yield from descent(bench, insight, counts)

@@ -78,9 +78,9 @@ def _mark(axis: Any, rows: pd.DataFrame, marker: str, x: str = "count", **look: 
 
 def _estimates(axis: Any, rows: pd.DataFrame, x: str, by: str, colors: Mapping[Any, Any]) -> None:
     """A colour a group: its points, and a line through what is predicted for them."""
-    for name, part in rows.groupby(by, sort=False):
+    for name, part in rows.groupby(by, sort=by == "count"):
         color, label = colors[name], f"K = {name}" if by == "count" else str(name)
-        place = list(colors).index(name) - len(colors) / 2
+        place = list(colors).index(name) - len(colors) / 2 if by == "series" else 0
         part = part.assign(**{x: part[x] * BESIDE**place})
         for oracle, found in part.groupby("oracle"):
             shown = label if oracle == "exact" else None
@@ -100,7 +100,7 @@ def cosine(points: pd.DataFrame) -> Figure:
 
     def fill(axis: Any, place: int) -> None:
         x, by, name = panels[place]
-        groups = points[by].unique()
+        groups = sorted(points[by].unique())
         colors = dict(zip(groups, sns.color_palette("viridis", len(groups)), strict=True))
         _estimates(axis, points, x, by, colors)
         axis.set_xlabel(name)
@@ -113,7 +113,7 @@ def error(points: pd.DataFrame) -> Figure:
     """A panel per problem, a colour a kind."""
     kinds = points["series"].unique()
     colors = dict(zip(kinds, sns.color_palette("husl", len(kinds)), strict=True))
-    shown = points[points["predicted"].fillna(1) > NOTHING]
+    shown = points[points["predicted"] > NOTHING]
 
     def fill(axis: Any, rows: pd.DataFrame) -> None:
         _estimates(axis, rows, "count", "series", colors)
@@ -142,14 +142,8 @@ def against_theory(points: pd.DataFrame, y: str) -> Figure:
 def _panels(points: pd.DataFrame, fill: Callable[[Any, pd.DataFrame], None], y: str) -> Figure:
     parts = {str(name): rows for name, rows in points.groupby("title", sort=False)}
     titles = [wrapped(f"{name}", f"d = {rows['d'].iloc[0]:,}") for name, rows in parts.items()]
-    rows_of = list(parts.values())
-    return grid(
-        titles,
-        lambda axis, place: fill(axis, rows_of[place]),
-        x="Directions K",
-        y=y,
-        size=(4.3, 3.6),
-    )
+    rows_of, size = list(parts.values()), (4.3, 3.6)
+    return grid(titles, lambda axis, n: fill(axis, rows_of[n]), x="Directions K", y=y, size=size)
 
 
 FIGURES: Mapping[str, Callable[[pd.DataFrame], Figure]] = {
@@ -169,7 +163,7 @@ def sentences(points: pd.DataFrame, question: str) -> list[str]:
 
 
 def _said(name: str, rows: pd.DataFrame, question: str) -> str:
-    known = rows[rows["predicted"].notna() & (rows["predicted"] > NOTHING)]
+    known = rows[rows["predicted"] > NOTHING]
     whole = known[known["given_up"] == 0]
     bounds = len(known) - len(whole)
     rest = f" {bounds} of {len(known)} points are bounds and left out." if bounds else ""
@@ -206,18 +200,14 @@ def curvature_table(points: pd.DataFrame) -> pd.DataFrame:
     rows = points[points["question"] == "curvature"].assign(
         text=lambda found: [_value(row) for row in found.itertuples()]
     )
-    names = {
-        "largest": "largest curvature",
-        "trace": "trace",
-        "effective rank": "effective rank, trace / largest",
-    }
-    names |= {"participation": "trace^2 / sum of squares"}
     wide = rows.pivot_table(
         index=["title", "d"], columns="series", values="text", aggfunc="first", sort=False
     ).reset_index()
     bp = points[(points["question"] == "rate") & (points["count"] == 0)].set_index("title")
-    wide["BP's stable rate x largest / 2"] = wide["title"].map(bp["measured"].map("{:.2f}".format))
-    return wide.rename(columns={"title": "Problem", **names})
+    wide["BP's stable rate x largest curvature / 2"] = wide["title"].map(
+        bp["measured"].map("{:.2f}".format)
+    )
+    return wide.rename(columns={"title": "Problem"})
 
 
 def _value(row: Any) -> str:
