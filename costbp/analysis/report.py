@@ -1,51 +1,129 @@
-"""The self-contained page ``index.html``."""
+"""The self-contained page ``index.html``: outcome first, and from each number a link to its runs."""
 
 from __future__ import annotations
 
 import base64
 import json
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from itables.utils import read_package_file
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from costbp.analysis.finding import how_worded
-from costbp.analysis.frames import Frames
-from costbp.analysis.outputs import REPORT
+from costbp.analysis.frames import CELL, Frames
+from costbp.analysis.outputs import REPORT, Figure
+from costbp.analysis.panels import EMPTY, INK, LINE
 from costbp.analysis.readings import LEARNT
 from costbp.analysis.tables import (
+    NAMES,
+    SETTING,
+    beyond,
     cost_line,
     cost_table,
-    metric_table,
+    further,
+    leaders,
+    mib,
+    outcomes,
+    run_folder,
     scale_line,
+    si,
     spread,
-    summary,
+    words,
 )
-from costbp.config.study import Plan
+from costbp.config.study import Cell, Plan
 from costbp.files import write_text
 from costbp.train.record import NOISE
 
-NAMES = {"fmad": "FmAD", "zo": "ZO"}
+Claims = list[dict[str, Any]]
+DECIDED, UNTESTED = ("holds here", "does not hold here"), "not tested here"
+LEADING = re.compile(r"^[<>=≥≤ ]*([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?) ?(KiB|MiB|GiB|[kMGTP])?\b")
+FACTOR = {name: 1024.0**n for n, name in enumerate(("KiB", "MiB", "GiB"), 1)}
+FACTOR |= {name: 1000.0**n for n, name in enumerate("kMGTP", 1)}
+
+
+def order_of(cell: Any) -> float | None:
+    """The number by which a cell is sorted: the one it begins with, its unit taken into account; of a
+    dash -1, of other text none."""
+    text = Markup(cell).striptags() if isinstance(cell, Markup) else str(cell)
+    found = LEADING.match(text)
+    if found is None:
+        return -1.0 if text == "-" else None
+    return float(found[1].replace(",", "")) * FACTOR.get(found[2] or "", 1.0)
+
+
+def link(plan: Plan, folder: str | os.PathLike[str], text: str) -> Markup:
+    """``text`` that leads from the page to a folder."""
+    return Markup('<a href="{}">{}</a>').format(
+        Path(os.path.relpath(folder, plan.study.paths.reports)).as_posix(), text
+    )
+
+
+def settings(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
+    """A table per (model, task, budget), a row a method: what it reached and spent, with links to its
+    runs."""
+    found, catalog = [], plan.catalog
+    kept = "arrangement" in frames.runs and frames.runs["arrangement"].fillna("").any()
+    for (model, task, name), group in frames.runs.groupby(SETTING, sort=False):
+        budget, rows = catalog.budgets[name], []
+        for method, runs in group.groupby("method", sort=False):
+            cell = Cell(model, task, method, name)
+            accuracy = spread(runs["test_accuracy"], 100)
+            spent = runs["steps" if budget.forward_units is None else "forward_units"].mean()
+            row = {
+                "Method": catalog.methods[method].label,
+                "Accuracy, %": link(plan, plan.study.paths.store.joinpath(*cell), accuracy),
+                "Outcome": outcomes(runs["outcome"]),
+                "Seeds": Markup(" ").join(
+                    link(plan, run_folder(plan, run), str(run.seed)) for run in runs.itertuples()
+                ),
+                f"{budget.unit.capitalize()} of {budget.amount:,.0f}": f"{spent:,.0f}",
+                "FLOPs": si(runs["flops"].mean()),
+                "Seconds": f"{runs['seconds'].mean():.1f}",
+                "Peak beyond weights": mib(beyond(runs)),
+                "Peak with weights": mib(beyond(runs) + runs["weights_bytes"].max()),
+            }
+            if kept:
+                row["Kept by"] = ", ".join(dict.fromkeys(runs["arrangement"].fillna(""))) or "-"
+            untuned = "tuned" in runs and not runs["tuned"].all()
+            row["Optimiser"] = runs["optimizer"].iloc[0] + ", untuned" * untuned
+            row["Loss"] = f"{runs['test_loss'].mean():.2f}"
+            more = [column for column in further(frames) if group[column].notna().any()]
+            rows.append(row | {f"{words(c)}, %": spread(runs[c], 100) for c in more})
+        found.append(
+            {
+                "title": f"{catalog.tasks[task].label}, {catalog.models[model].label}",
+                "line": f"{budget.label}, d = {group['d'].max():,}; a constant answer scores "
+                f"{100 * group['majority'].max():.1f} %",
+                "rows": pd.DataFrame(rows, dtype=object).fillna("-"),
+            }
+        )
+    return found
 
 
 def headline(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
-    """Outcome first: per (model, task, budget) the reference and the best method of each other family."""
-    cards = []
-    for (model, task, budget), runs in frames.runs.groupby(["model", "task", "budget"], sort=False):
+    """Per (model, task, budget) the reference and the best method of each other family, chosen on the
+    validation split."""
+    best, cards = leaders(plan, frames.runs), []
+    for (model, task, budget), runs in frames.runs.groupby(SETTING, sort=False):
         rows = []
-        shown = runs[(runs["family"] != "bp") | (runs["method"] == plan.reference)]
-        for family, part in shown.dropna(subset="test_accuracy").groupby("family"):
-            mean = part.groupby("method")["test_accuracy"].mean()
-            best = f"best {NAMES[family]}: " if family in NAMES else ""
+        for method, part in runs.dropna(subset="test_accuracy").groupby("method", sort=False):
+            cell, entry = Cell(model, task, method, budget), plan.catalog.methods[method]
+            if cell not in best:
+                continue
+            accuracy = spread(part["test_accuracy"], 100)
             rows.append(
                 {
-                    "title": best + plan.catalog.methods[mean.idxmax()].label,
-                    "accuracy": spread(
-                        part.loc[part["method"] == mean.idxmax(), "test_accuracy"], 100
-                    ),
-                    "value": mean.max(),
-                    "family": family,
+                    "title": (f"best {NAMES[entry.family]}: " if method != plan.reference else "")
+                    + entry.label,
+                    "accuracy": link(plan, plan.study.paths.store.joinpath(*cell), accuracy),
+                    "value": part["test_accuracy"].mean(),
+                    "family": entry.family,
                 }
             )
         cards.append(
@@ -63,8 +141,68 @@ def headline(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
 
 def unusual(frames: Frames) -> pd.DataFrame:
     """Runs that did not complete: results too, never hidden."""
-    columns = ["model", "task", "method", "budget", "seed", "outcome", "message"]
+    columns = [*CELL, "seed", "outcome", "message"]
     return frames.runs.loc[frames.runs["outcome"] != "completed", columns]
+
+
+def warnings(frames: Frames) -> list[str]:
+    """What a reader must know before anything else."""
+    commits = frames.runs["commit"].value_counts()
+    found = []
+    if len(commits) > 1:
+        each = ", ".join(f"{name}: {count}" for name, count in commits.items())
+        found.append(
+            f"The runs mix {len(commits)} commits of the code ({each} runs): differences between "
+            "methods may be differences between commits."
+        )
+    if changed := [str(name) for name in commits.index if str(name).endswith("+")]:
+        found.append(f"Code that was not committed made the runs of {', '.join(changed)}.")
+    if count := len(unusual(frames)):
+        found.append(f"{count} of {len(frames.runs)} runs did not complete; they are listed below.")
+    return found
+
+
+def ledger(claims: Claims) -> pd.DataFrame:
+    """A row a claim."""
+    rows = [
+        {
+            "Claim": Markup('<a href="#{}">{}</a>').format(claim["id"], claim["title"]),
+            "Camp": "the study's" if claim["camp"] == "study" else "the other's",
+            "Verdict": Markup('<b class="{}">{}</b>').format(
+                claim["verdict"].split()[0], claim["verdict"]
+            ),
+            "Ledger": claim["ledger"],
+            "Claimed": claim["claimed"],
+            "Measured here": claim["measured"] or "-",
+            "95 %": bounds(claim) or "-",
+        }
+        for claim in claims
+    ]
+    return pd.DataFrame(rows, dtype=object)
+
+
+def bounds(claim: Mapping[str, Any]) -> str:
+    """A claim's interval in words; nothing where it has none."""
+    low, high = (claim[name] for name in ("low", "high"))
+    if low is None and high is None:
+        return ""
+    low, high = ("?" if value is None else f"{value:.4g}" for value in (low, high))
+    return f"{low} to {high} {claim['unit']}".strip()
+
+
+def with_links(plan: Plan, claims: Claims) -> Claims:
+    """Claims whose rows lead to the runs of both methods, filed by side."""
+
+    def leading(row: dict[str, Any]) -> dict[str, Any]:
+        folders = dict.fromkeys(Path(run).parent for run in row["runs"])
+        return row | {"links": [link(plan, folder, folder.parent.name) for folder in folders]}
+
+    sides = ("for", "against", "undecided")
+    return [
+        claim
+        | {"sides": {s: [leading(row) for row in claim["rows"] if row["side"] == s] for s in sides}}
+        for claim in claims
+    ]
 
 
 def notes(plan: Plan, frames: Frames) -> list[str]:
@@ -72,9 +210,7 @@ def notes(plan: Plan, frames: Frames) -> list[str]:
     cards = headline(plan, frames)
     shown = dict.fromkeys(row["family"] for card in cards for row in card["rows"])
     best = " and ".join(NAMES[family] for family in shown if family in NAMES)
-    chosen = (
-        f" The cards show the best {best} method by that very accuracy, a choice in their favour."
-    )
+    chosen = f" Cards and figures show the best {best} method, chosen by validation accuracy."
     found = [
         "A forward unit is the FLOPs of one no-grad forward of one batch. Evaluation is not "
         "charged; a run stops before the step that would exceed its budget.",
@@ -156,42 +292,73 @@ def provenance(plan: Plan, frames: Frames) -> dict[str, str]:
     return found
 
 
-def embedded(picture: Path) -> str:
-    """A PNG as a data URL."""
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+def embedded(picture: Path) -> Markup:
+    """An SVG for a page: in the page's colours, its links seen from the page, with what each says as
+    a tooltip."""
+
+    def anchor(found: re.Match[str]) -> str:
+        folder, _, tip = found[1].partition("#")
+        return f'<a href="{os.path.normpath(os.path.join("figures", folder))}"><title>{tip}</title>'
+
+    text = picture.read_text(encoding="utf-8")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the page's names are not a figure's
+    text = re.sub(r'<a xlink:href="([^"]*)"[^>]*>', anchor, text)
+    return Markup(text.replace(INK, "currentColor").replace(LINE, "var(--line)"))
 
 
 def render(template: str, **values: Any) -> str:
     """A page from one of the package's templates."""
     loader = PackageLoader("costbp.analysis", "templates")
     pages = Environment(undefined=StrictUndefined, autoescape=True, loader=loader)
-    return pages.get_template(template).render(**values)
+    pages.filters["order"] = order_of
+    script = base64.b64encode(read_package_file("html", "dt_bundle.js").encode()).decode()
+    style = Markup(read_package_file("html", "dt_bundle.css"))
+    return pages.get_template(template).render(tables_js=script, tables_css=style, **values)
 
 
 def write(plan: Plan, frames: Frames, folder: Path) -> None:
     """``index.html``: one file that needs nothing else."""
     seeds = max(len(plan.seeds(cell)) for cell in plan.cells())
-    pictures = folder / "figures"
-    claims = json.loads((folder / "claims.json").read_text())["claims"]
+    claims = read_claims(folder)
     methods = dict.fromkeys(cell.method for cell in plan.cells())
+    rest = unusual(frames).astype(object)
+    for index, run in zip(rest.index, frames.runs.loc[rest.index].itertuples(), strict=True):
+        rest.at[index, "seed"] = link(plan, run_folder(plan, run), str(run.seed))
     text = render(
         "index.html.j2",
         study=plan.study,
         scale=scale_line(plan),
+        warnings=warnings(frames),
         cards=headline(plan, frames),
-        claims=claims,
+        claims=with_links(plan, claims),
+        decided=[claim for claim in claims if claim["verdict"] in DECIDED],
+        undecided=[c for c in claims if c["verdict"] not in (*DECIDED, UNTESTED)],
+        untested=[claim for claim in claims if claim["verdict"] == UNTESTED],
+        bounds=bounds,
+        ledger=ledger(claims),
         verdicts=how_worded(plan.study.scale),
-        summary=summary(plan, frames),
-        metrics=metric_table(plan, frames),
+        settings=settings(plan, frames),
         costs=cost_table(plan, frames),
         cost_line=cost_line(frames),
-        unusual=unusual(frames),
-        figures={f.name: (f.words(seeds), embedded(pictures / f"{f.name}.png")) for f in REPORT},
+        unusual=rest,
+        figures=pictures(REPORT, folder / "figures", seeds),
         notes=notes(plan, frames),
         methods={name: plan.catalog.methods[name] for name in methods},
-        choices=frames.runs.groupby(["model", "task", "method"], sort=False)["optimizer"]
-        .first()
-        .reset_index(),
         provenance=provenance(plan, frames),
     )
     write_text(folder / "index.html", text)
+
+
+def read_claims(folder: Path) -> Claims:
+    """What was judged."""
+    found: Claims = json.loads((folder / "claims.json").read_text(encoding="utf-8"))["claims"]
+    return found
+
+
+def pictures(
+    figures: Iterable[Figure], folder: Path, seeds: int = 1
+) -> dict[str, tuple[str, Markup]]:
+    """Name -> caption and drawing of the figures that show something."""
+    found = {f.name: (f.words(seeds), embedded(folder / f"{f.name}.svg")) for f in figures}
+    return {name: shown for name, shown in found.items() if EMPTY not in shown[1]}
