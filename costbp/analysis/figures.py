@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from costbp.analysis.frames import CELL, Frames, labelled
 from costbp.analysis.outputs import REPORT
 from costbp.analysis.panels import (
-    ABREAST,
     COLORS,
     DASHES,
     GREY,
@@ -53,39 +52,24 @@ def _settings(
     frame: pd.DataFrame,
     fill: Callable[[Any, pd.DataFrame], None],
     *,
-    x: str | None = None,
-    y: str | None = None,
     empty: str = "no run got as far as an evaluation",
+    order: Sequence[str] = (),
     **options: Any,
 ) -> Figure:
     """A panel per (model, task, budget), filled from its rows."""
     if frame.empty:
         return nothing(empty)
-    parts = dict(list(labelled(plan, frame).groupby(SETTING, sort=False)))
-    models, tasks = (dict.fromkeys(frame[name]) for name in ("model", "task"))
-    columns = options.pop("columns", ABREAST)
-    if len(parts) == len(models) * len(tasks) and len(tasks) <= columns:  # a row a model
-        rank = [(model, task) for model in models for task in tasks]
-        parts = dict(sorted(parts.items(), key=lambda part: rank.index(part[0][:2])))
-        columns = len(tasks)
-    several = frame["budget"].nunique() > 1
-    catalog, titles, rows = plan.catalog, [], list(parts.values())
-    for (model, task, budget), part in parts.items():
+    catalog, titles, parts = plan.catalog, [], []
+    for (model, task, budget), part in labelled(plan, frame).groupby(SETTING, sort=False):
         lines = [catalog.tasks[task].label, catalog.models[model].label]
-        lines += [catalog.budgets[budget].label] if several else []
-        best = part[part["leads"] & (part["family"] != "bp")] if "leads" in part else part[:0]
-        names = ", ".join(dict.fromkeys(best["Method"]))
-        titles.append(wrapped(*lines, *([f"best: {names}"] if names else [])))
-    order = [*_legend(plan).values(), OTHERS]
-    return grid(
-        titles,
-        lambda axis, place: fill(axis, rows[place]),
-        columns=columns,
-        x=x,
-        y=y,
-        order=options.pop("order", order),
-        **options,
-    )
+        if frame["budget"].nunique() > 1:
+            lines.append(catalog.budgets[budget].label)
+        if "leads" in part and len(best := part[part["leads"] & (part["family"] != "bp")]):
+            lines.append(f"best: {', '.join(dict.fromkeys(best['Method']))}")
+        titles.append(wrapped(*lines))
+        parts.append(part)
+    order = order or [*_legend(plan).values(), OTHERS]
+    return grid(titles, lambda axis, place: fill(axis, parts[place]), order=order, **options)
 
 
 def _legend(plan: Plan) -> dict[str, str]:
@@ -96,12 +80,9 @@ def _legend(plan: Plan) -> dict[str, str]:
 
 def _address(plan: Plan, rows: pd.DataFrame, *words: str) -> str:
     """The folder of an experiment's runs as seen from a figure, and what to say of it."""
-    row = rows.iloc[0]
-    paths = plan.study.paths
-    folder = paths.store.joinpath(*(row[name] for name in CELL))
-    return (
-        f"{os.path.relpath(folder, paths.reports / 'figures')}#{', '.join([row['Method'], *words])}"
-    )
+    row, paths = rows.iloc[0], plan.study.paths
+    folder = os.path.relpath(paths.store.joinpath(*row[CELL]), paths.reports / "figures")
+    return f"{folder}#{', '.join([row['Method'], *words])}"
 
 
 def _style(rows: pd.DataFrame) -> dict[str, Any]:
@@ -215,7 +196,7 @@ def memory_accuracy(plan: Plan, frame: pd.DataFrame) -> Figure:
     names = {"bp": "BP", **NAMES}.values()
     order = [f"{name}, {words}" for words in ("beyond weights", "with weights") for name in names]
     named = {"x": "Peak memory of a step", "y": "Test accuracy, %"}
-    return _settings(plan, frame.assign(leads=False), fill, **named, order=order, abreast=3)
+    return _settings(plan, frame.drop(columns="leads"), fill, **named, order=order, abreast=3)
 
 
 def tuning(plan: Plan, trials: pd.DataFrame) -> Figure:

@@ -19,22 +19,15 @@ from costbp.analysis.finding import how_worded
 from costbp.analysis.frames import CELL, Frames
 from costbp.analysis.outputs import REPORT, Figure
 from costbp.analysis.panels import EMPTY, INK, LINE
-from costbp.analysis.readings import LEARNT
 from costbp.analysis.tables import (
-    NAMES,
     SETTING,
-    beyond,
     cost_line,
     cost_table,
-    further,
     leaders,
-    mib,
-    outcomes,
+    row,
     run_folder,
     scale_line,
-    si,
-    spread,
-    words,
+    shown,
 )
 from costbp.config.study import Cell, Plan
 from costbp.files import write_text
@@ -42,7 +35,7 @@ from costbp.train.record import NOISE
 
 Claims = list[dict[str, Any]]
 DECIDED, UNTESTED = ("holds here", "does not hold here"), "not tested here"
-LEADING = re.compile(r"^[<>=≥≤ ]*([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?) ?(KiB|MiB|GiB|[kMGTP])?\b")
+LEADING = re.compile(r"^[<>=≥≤ ]*([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)(?: ?(KiB|MiB|GiB|[kMGTP])\b)?")
 FACTOR = {name: 1024.0**n for n, name in enumerate(("KiB", "MiB", "GiB"), 1)}
 FACTOR |= {name: 1000.0**n for n, name in enumerate("kMGTP", 1)}
 
@@ -65,78 +58,35 @@ def link(plan: Plan, folder: str | os.PathLike[str], text: str) -> Markup:
 
 
 def settings(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
-    """A table per (model, task, budget), a row a method: what it reached and spent, with links to its
-    runs."""
-    found, catalog = [], plan.catalog
-    kept = "arrangement" in frames.runs and frames.runs["arrangement"].fillna("").any()
-    for (model, task, name), group in frames.runs.groupby(SETTING, sort=False):
-        budget, rows = catalog.budgets[name], []
+    """Every (model, task, budget): a table with a row a method, with links to its runs, and of the
+    methods that lead their family what stands first on the page."""
+    found, catalog, best = [], plan.catalog, leaders(plan, frames.runs)
+    for (model, task, budget), group in frames.runs.groupby(SETTING, sort=False):
+        rows, columns, leading = [], shown(group), []
         for method, runs in group.groupby("method", sort=False):
-            cell = Cell(model, task, method, name)
-            accuracy = spread(runs["test_accuracy"], 100)
-            spent = runs["steps" if budget.forward_units is None else "forward_units"].mean()
-            row = {
-                "Method": catalog.methods[method].label,
-                "Accuracy, %": link(plan, plan.study.paths.store.joinpath(*cell), accuracy),
-                "Outcome": outcomes(runs["outcome"]),
-                "Seeds": Markup(" ").join(
-                    link(plan, run_folder(plan, run), str(run.seed)) for run in runs.itertuples()
-                ),
-                f"{budget.unit.capitalize()} of {budget.amount:,.0f}": f"{spent:,.0f}",
-                "FLOPs": si(runs["flops"].mean()),
-                "Seconds": f"{runs['seconds'].mean():.1f}",
-                "Peak beyond weights": mib(beyond(runs)),
-                "Peak with weights": mib(beyond(runs) + runs["weights_bytes"].max()),
-            }
-            if kept:
-                row["Kept by"] = ", ".join(dict.fromkeys(runs["arrangement"].fillna(""))) or "-"
+            cell, entry = Cell(model, task, method, budget), catalog.methods[method]
+            texts = row(runs, columns)
+            accuracy = link(plan, plan.study.paths.store.joinpath(*cell), texts["Test accuracy, %"])
+            links = [link(plan, run_folder(plan, run), str(run.seed)) for run in runs.itertuples()]
+            texts |= {"Test accuracy, %": accuracy, "Seeds": Markup(" ").join(links)}
             untuned = "tuned" in runs and not runs["tuned"].all()
-            row["Optimiser"] = runs["optimizer"].iloc[0] + ", untuned" * untuned
-            row["Loss"] = f"{runs['test_loss'].mean():.2f}"
-            more = [column for column in further(frames) if group[column].notna().any()]
-            rows.append(row | {f"{words(c)}, %": spread(runs[c], 100) for c in more})
+            texts["Optimiser"] = runs["optimizer"].iloc[0] + ", untuned" * untuned
+            rows.append({"Method": entry.label} | texts)
+            if cell in best and runs["test_accuracy"].notna().any():
+                value = runs["test_accuracy"].mean()
+                leading.append((entry.label, entry.family, accuracy, value))
         found.append(
             {
-                "title": f"{catalog.tasks[task].label}, {catalog.models[model].label}",
-                "line": f"{budget.label}, d = {group['d'].max():,}; a constant answer scores "
-                f"{100 * group['majority'].max():.1f} %",
-                "rows": pd.DataFrame(rows, dtype=object).fillna("-"),
+                "task": catalog.tasks[task].label,
+                "model": catalog.models[model].label,
+                "budget": catalog.budgets[budget].label,
+                "majority": float(group["majority"].iloc[0]),
+                "d": int(group["d"].max()),
+                "best": leading,
+                "rows": pd.DataFrame(rows, dtype=object),
             }
         )
     return found
-
-
-def headline(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
-    """Per (model, task, budget) the reference and the best method of each other family, chosen on the
-    validation split."""
-    best, cards = leaders(plan, frames.runs), []
-    for (model, task, budget), runs in frames.runs.groupby(SETTING, sort=False):
-        rows = []
-        for method, part in runs.dropna(subset="test_accuracy").groupby("method", sort=False):
-            cell, entry = Cell(model, task, method, budget), plan.catalog.methods[method]
-            if cell not in best:
-                continue
-            accuracy = spread(part["test_accuracy"], 100)
-            rows.append(
-                {
-                    "title": (f"best {NAMES[entry.family]}: " if method != plan.reference else "")
-                    + entry.label,
-                    "accuracy": link(plan, plan.study.paths.store.joinpath(*cell), accuracy),
-                    "value": part["test_accuracy"].mean(),
-                    "family": entry.family,
-                }
-            )
-        cards.append(
-            {
-                "task": plan.catalog.tasks[task].label,
-                "model": plan.catalog.models[model].label,
-                "budget": plan.catalog.budgets[budget].label,
-                "majority": float(runs["majority"].iloc[0]),
-                "d": int(runs["d"].max()),
-                "rows": rows,
-            }
-        )
-    return cards
 
 
 def unusual(frames: Frames) -> pd.DataFrame:
@@ -162,25 +112,6 @@ def warnings(frames: Frames) -> list[str]:
     return found
 
 
-def ledger(claims: Claims) -> pd.DataFrame:
-    """A row a claim."""
-    rows = [
-        {
-            "Claim": Markup('<a href="#{}">{}</a>').format(claim["id"], claim["title"]),
-            "Camp": "the study's" if claim["camp"] == "study" else "the other's",
-            "Verdict": Markup('<b class="{}">{}</b>').format(
-                claim["verdict"].split()[0], claim["verdict"]
-            ),
-            "Ledger": claim["ledger"],
-            "Claimed": claim["claimed"],
-            "Measured here": claim["measured"] or "-",
-            "95 %": bounds(claim) or "-",
-        }
-        for claim in claims
-    ]
-    return pd.DataFrame(rows, dtype=object)
-
-
 def bounds(claim: Mapping[str, Any]) -> str:
     """A claim's interval in words; nothing where it has none."""
     low, high = (claim[name] for name in ("low", "high"))
@@ -193,29 +124,23 @@ def bounds(claim: Mapping[str, Any]) -> str:
 def with_links(plan: Plan, claims: Claims) -> Claims:
     """Claims whose rows lead to the runs of both methods, filed by side."""
 
-    def leading(row: dict[str, Any]) -> dict[str, Any]:
-        folders = dict.fromkeys(Path(run).parent for run in row["runs"])
-        return row | {"links": [link(plan, folder, folder.parent.name) for folder in folders]}
-
-    sides = ("for", "against", "undecided")
-    return [
-        claim
-        | {"sides": {s: [leading(row) for row in claim["rows"] if row["side"] == s] for s in sides}}
-        for claim in claims
-    ]
+    for claim in claims:
+        claim["sides"] = {"for": [], "against": [], "undecided": []}
+        for found in claim["rows"]:
+            folders = dict.fromkeys(Path(run).parent for run in found["runs"])
+            found["links"] = [link(plan, folder, folder.parent.name) for folder in folders]
+            claim["sides"][found["side"]].append(found)
+    return claims
 
 
 def notes(plan: Plan, frames: Frames) -> list[str]:
     """What a reader must know to read the figures right; each sentence follows from the data."""
-    cards = headline(plan, frames)
-    shown = dict.fromkeys(row["family"] for card in cards for row in card["rows"])
-    best = " and ".join(NAMES[family] for family in shown if family in NAMES)
-    chosen = f" Cards and figures show the best {best} method, chosen by validation accuracy."
     found = [
         "A forward unit is the FLOPs of one no-grad forward of one batch. Evaluation is not "
         "charged; a run stops before the step that would exceed its budget.",
-        "Curves show the validation split; the summary's accuracy is measured once, on the test "
-        "split, at the end of the budget." + (chosen if best else ""),
+        "Curves show the validation split; the tables' accuracy is measured once, on the test split. "
+        "The best method of a family is that of the highest validation accuracy, a choice in favour "
+        "of FmAD and ZO.",
     ]
     models = (
         plan.catalog.models[name] for name in dict.fromkeys(model for model, _ in plan.pairs())
@@ -237,17 +162,6 @@ def notes(plan: Plan, frames: Frames) -> list[str]:
     used = "; ".join(text for text, count in choices.items() if count)
     found.append(f"Optimiser and learning rate: {used}.")
     found += differences(plan, frames)
-    stuck = [
-        f"{row['title']} on {card['task']} ({card['model']})"
-        for card in cards
-        for row in card["rows"]
-        if row["family"] in NAMES and row["value"] < card["majority"] + LEARNT
-    ]
-    if stuck:
-        found.append(
-            f"Within this budget not even these left the majority class by {100 * LEARNT:g} points, "
-            f"so nothing can be said of their convergence: {'; '.join(stuck)}."
-        )
     return found
 
 
@@ -330,13 +244,11 @@ def write(plan: Plan, frames: Frames, folder: Path) -> None:
         study=plan.study,
         scale=scale_line(plan),
         warnings=warnings(frames),
-        cards=headline(plan, frames),
         claims=with_links(plan, claims),
         decided=[claim for claim in claims if claim["verdict"] in DECIDED],
         undecided=[c for c in claims if c["verdict"] not in (*DECIDED, UNTESTED)],
         untested=[claim for claim in claims if claim["verdict"] == UNTESTED],
         bounds=bounds,
-        ledger=ledger(claims),
         verdicts=how_worded(plan.study.scale),
         settings=settings(plan, frames),
         costs=cost_table(plan, frames),

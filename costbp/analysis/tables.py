@@ -89,7 +89,7 @@ def numbers(frames: Frames) -> pd.DataFrame:
         optimizer=("optimizer", "first"),
         outcome=("outcome", outcomes),
         commit=("commit", "first"),
-        **{f"{name}_mean": (name, "mean") for name in further(frames)},
+        **{f"{name}_mean": (name, "mean") for name in further(frames.runs)},
     )
     return table.reset_index()
 
@@ -109,23 +109,36 @@ def _named(plan: Plan, model: str, task: str, method: str) -> dict[str, str]:
     return dict(zip(("Model", "Task", "Method"), (entry.label for entry in entries), strict=True))
 
 
+def row(runs: pd.DataFrame, columns: list[str]) -> dict[str, Any]:
+    """What an experiment reached and spent, as text; ``columns`` are further metrics and notes."""
+    table = {
+        "Test accuracy, %": spread(runs["test_accuracy"], 100),
+        "Outcome": outcomes(runs["outcome"]),
+        "Steps": f"{runs['steps'].mean():,.0f}",
+        "Forward units": f"{runs['forward_units'].mean():,.0f}",
+        "FLOPs": si(runs["flops"].mean()),
+        "Seconds": f"{runs['seconds'].mean():.1f}",
+        "Peak beyond weights": mib(beyond(runs)),
+        "Peak with weights": mib(beyond(runs) + runs["weights_bytes"].max()),
+        "Test loss": f"{runs['test_loss'].mean():.2f}",
+    }
+    if "arrangement" in columns:
+        table["Kept by"] = ", ".join(dict.fromkeys(runs["arrangement"].fillna(""))) or "-"
+    return table | {f"{words(c)}, %": spread(runs[c], 100) for c in columns if c != "arrangement"}
+
+
 def summary(plan: Plan, frames: Frames) -> pd.DataFrame:
     """One row an experiment as text, for people."""
     return pd.DataFrame(
-        _named(plan, model, task, method)
-        | {
-            "Test accuracy, %": spread(runs["test_accuracy"], 100),
-            "Test loss": spread(runs["test_loss"], digits=2),
-            "Steps": f"{runs['steps'].mean():.0f}",
-            "Forward units": f"{runs['forward_units'].mean():,.0f}",
-            "FLOPs": si(runs["flops"].mean()),
-            "Train seconds": f"{runs['seconds'].mean():.1f}",
-            "Peak memory beyond weights": mib(beyond(runs)),
-            "Weights included": mib(beyond(runs) + runs["weights_bytes"].max()),
-            "Outcome": outcomes(runs["outcome"]),
-        }
+        _named(plan, model, task, method) | row(runs, shown(frames.runs))
         for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False)
     )
+
+
+def shown(runs: pd.DataFrame) -> list[str]:
+    """Columns of metrics and notes that only some runs have, where these do."""
+    noted = "arrangement" in runs and runs["arrangement"].fillna("").any()
+    return ["arrangement"] * bool(noted) + [c for c in further(runs) if runs[c].notna().any()]
 
 
 def beyond(runs: pd.DataFrame) -> float:
@@ -133,21 +146,10 @@ def beyond(runs: pd.DataFrame) -> float:
     return float((runs["peak_bytes"] + runs["state_bytes"]).max())
 
 
-def further(frames: Frames) -> list[str]:
+def further(runs: pd.DataFrame) -> list[str]:
     """Columns of the test split's metrics beside accuracy and loss."""
     own = ("test_accuracy", "test_loss")
-    return [c for c in frames.runs if c.startswith("test_") and c not in own]
-
-
-def metric_table(plan: Plan, frames: Frames) -> pd.DataFrame:
-    """What benchmarks report beside accuracy, as text: one row an experiment that has any."""
-    columns = further(frames)
-    return pd.DataFrame(
-        _named(plan, model, task, method)
-        | {f"{words(name)}, %": spread(runs[name], 100) for name in columns}
-        for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False)
-        if runs[columns].notna().any(axis=None)
-    )
+    return [c for c in runs if c.startswith("test_") and c not in own]
 
 
 def words(column: str) -> str:
@@ -239,9 +241,7 @@ def write(plan: Plan, frames: Frames, folder: Path) -> None:
     """``summary.{md,csv,tex}`` and ``cost.{md,csv}``."""
     caption = scale_line(plan)
     table = summary(plan, frames)
-    metrics = metric_table(plan, frames)
-    more = "" if metrics.empty else f"\nOther metrics of the test split.\n\n{markdown(metrics)}"
-    write_text(folder / "summary.md", f"{caption}\n\n{markdown(table)}{more}")
+    write_text(folder / "summary.md", f"{caption}\n\n{markdown(table)}")
     write_text(folder / "summary.csv", numbers(frames).to_csv(index=False))
     write_text(folder / "summary.tex", latex(table, caption))
     costs = cost_table(plan, frames)
