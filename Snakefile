@@ -36,7 +36,7 @@ REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
 CELLS = list(PLAN.cells())
 PAIRS = PLAN.pairs()
-HEADS = [model for model, _ in PAIRS if PLAN.catalog.models[model].reads_features]
+HEADS = [model for model, _ in PAIRS if PLAN.catalog.models[model].reads == "features"]
 ENCODERS = [model for model, _ in PAIRS if model not in HEADS]
 TEXTS = PLAN.texts_key()  # words of the report: a change redraws it, and runs nothing else
 

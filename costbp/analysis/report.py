@@ -145,7 +145,7 @@ def notes(plan: Plan, frames: Frames) -> list[str]:
     models = (
         plan.catalog.models[name] for name in dict.fromkeys(model for model, _ in plan.pairs())
     )
-    if heads := ", ".join(model.label for model in models if model.reads_features):
+    if heads := ", ".join(model.label for model in models if model.reads == "features"):
         found.append(
             f"{heads}: the frozen encoder's features are computed once and cached, so the unit is "
             "the forward of what still runs, the head. Units of different models can't be added "

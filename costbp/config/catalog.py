@@ -22,6 +22,16 @@ from costbp.config.sources import (
 # --- models ----------------------------------------------------------------------------------
 
 
+Blocks = Annotated[
+    tuple[int, ...] | None,
+    Field(
+        min_length=1,
+        description="Of the base's repeated blocks those that are trained, from 0, or from the last, "
+        "which is -1; default: all.",
+    ),
+]
+
+
 class LoraTraining(Strict):
     """LoRA adapters (Hu et al. 2021) and the classification head are trained, the base is frozen."""
 
@@ -30,6 +40,7 @@ class LoraTraining(Strict):
     alpha: float = Field(gt=0, description="Scale: alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Before the adapters.")
     targets: tuple[str, ...] = Field(min_length=1, description="Names of the adapted linears.")
+    blocks: Blocks = None
 
 
 class HeadTraining(Strict):
@@ -39,9 +50,10 @@ class HeadTraining(Strict):
 
 
 class FullTraining(Strict):
-    """Every parameter is trained, in the base's dtype."""
+    """Every parameter is trained, in the base's dtype, or those of some blocks and the head."""
 
     kind: Literal["full"]
+    blocks: Blocks = None
 
 
 Training = LoraTraining | HeadTraining | FullTraining
@@ -58,6 +70,38 @@ class ModelEntry(Entry):
     dropout: float | None = Field(
         0.0, ge=0, lt=1, description="Dropout of the base in training; null: as its config says."
     )
+    head: Literal["random", "label_words"] = Field(
+        "random",
+        description="What an encoder's features are read by: a linear head, drawn at random and "
+        "trained; or the frozen embeddings of the task's `label_words`.",
+    )
+    prefix: Literal["run", "cached"] = Field(
+        "run",
+        description="`cached`: the hidden states that the frozen blocks below the first trained one put "
+        "out are computed once, and a forward is that of what is left.",
+    )
+
+    @model_validator(mode="after")
+    def _encoders_alone(self) -> Self:
+        train = self.train
+        if (self.head, self.prefix) == ("random", "run"):
+            return self
+        if self.source.form != "encoder" or isinstance(self.source, PythonSource):
+            raise ValueError(
+                "'head: label_words' and 'prefix: cached' serve models of form encoder"
+            )
+        if self.head == "label_words" and isinstance(train, HeadTraining):
+            raise ValueError(
+                "with 'head: label_words' and 'train: {kind: head}' nothing is trained"
+            )
+        if self.prefix == "cached" and not isinstance(train, HeadTraining):
+            if train.blocks is None:
+                raise ValueError(
+                    "'prefix: cached' needs train.blocks: what is below them is cached"
+                )
+            if self.dropout:
+                raise ValueError("'prefix: cached' needs 'dropout: 0': cached states have none")
+        return self
 
     @model_validator(mode="after")
     def _packed_is_frozen(self) -> Self:
@@ -72,9 +116,12 @@ class ModelEntry(Entry):
         return self.source.base if isinstance(self.source, PythonSource) else self.source
 
     @property
-    def reads_features(self) -> bool:
-        """Whether the model is trained on cached features of its frozen base."""
-        return isinstance(self.train, HeadTraining) and self.source.form == "encoder"
+    def reads(self) -> Literal["tokens", "states", "features"]:
+        """What its batches hold: token ids, cached hidden states of frozen blocks, or where all blocks
+        are frozen the features that they put out in the end."""
+        if isinstance(self.train, HeadTraining) and self.source.form == "encoder":
+            return "features"
+        return "states" if self.prefix == "cached" else "tokens"
 
     @property
     def trains_here(self) -> bool:
@@ -206,6 +253,11 @@ class TaskEntry(Entry):
     test: int = Field(ge=1, description="Examples of the test split.")
     split_seed: int = Field(0, description="Seed of the one shuffle behind the splits.")
     partition: Partition | None = Field(None, description="A label-skewed part instead of all.")
+    label_words: dict[str, str] = Field(
+        {},
+        description="Answer -> what describes it, for models with `head: label_words`; default: the "
+        "answer itself.",
+    )
     scoring: Literal["likelihood", "generation"] = Field(
         "likelihood",
         description="How a language model chooses an answer: the likeliest, or written.",

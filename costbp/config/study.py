@@ -26,7 +26,7 @@ from costbp.config.optimizer import OptimizerSpec
 from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource, Repository
 from costbp.files import digest
 
-FORMAT = 7  # raised when the meaning of a run changes, so that old records are not mistaken for new
+FORMAT = 8  # raised when the meaning of a run changes, so that old records are not mistaken for new
 COSTS = 3  # the same for what is measured of a step's cost
 
 
@@ -71,6 +71,11 @@ class Evaluation(Strict):
             raise ValueError("points must rise from 0 or more to exactly 1")
         return points
 
+    keep: Literal["best", "last"] = Field(
+        "best",
+        description="Which parameters are scored on the test split: those of the evaluation with the "
+        "best validation accuracy (the lower loss among equals), or the last.",
+    )
     diverged_at: float = Field(
         10.0, gt=1, description="Smoothed training loss over its first value that ends a run."
     )
@@ -284,7 +289,9 @@ class Plan(Strict):
         key = {
             "format": FORMAT,
             "source": entry.source.model_dump(mode="json"),
-            "features": entry.reads_features,
+            "reads": entry.reads,
+            "blocks": getattr(entry.train, "blocks", None) if entry.reads == "states" else None,
+            "words": entry.head == "label_words",
             "task": data.model_copy(update={"batch_size": 1}).identity(),
             "assets": self.assets_of(model, task),
         }

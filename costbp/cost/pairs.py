@@ -153,7 +153,7 @@ def _on_data(
     )
     data = load_prepared(prepare(Pair.of(plan, model, task)))
     assets = plan.study.paths.cache / "assets"
-    module = build_model(entry, len(data.names), assets, 0, data.width, device)
+    module = build_model(entry, len(data.names), assets, 0, data.width, device, data.words)
     objective = Objective(module, cross_entropy)
     batch = to_device(BatchStream(data.splits["train"], rows, 0)[0], device)
     used, _ = plan.optimizer(Cell(model, task, method, ""))  # tuned or not, as in training
@@ -166,7 +166,7 @@ def _on_data(
         method=method,
         device=device.type,
         batch=rows,
-        seq=batch["input_ids"].shape[1] if "input_ids" in batch else 0,
+        seq=batch["attention_mask"].shape[1] if "attention_mask" in batch else 0,
         closed_form=chosen.closed_form(shares),
         **asdict(found),
     )

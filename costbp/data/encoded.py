@@ -18,10 +18,12 @@ Pixels = Callable[[list[int]], Batch]
 
 @dataclass(frozen=True)
 class Split:
-    """Encoded examples of one split: token ids of differing lengths, or feature vectors.
+    """Encoded examples of one split: token ids or hidden states of differing lengths, or feature
+    vectors.
 
     Attributes:
-        values: token ids, all examples end to end, [sum of lengths]; or features, [n, hidden].
+        values: token ids, all examples end to end, [sum of lengths], or likewise hidden states,
+            [sum of lengths, hidden]; or features, [n, hidden].
         labels: [n], the class; -1 where answers are free text.
         offsets: where each example starts in ``values``, [n + 1]; None for features.
         starts: where each example's answer starts, [n], for models that write text: what comes
@@ -46,8 +48,9 @@ class Split:
 
     def batch(self, indices: Tensor) -> Batch:
         """The examples at ``indices`` as one batch: ``features`` [n, hidden], or ``input_ids``
-        and ``attention_mask`` [n, length] padded on the right to a multiple of 8; what their
-        images add; and ``labels``: [n], or [n, length] of the tokens of the answers and -100."""
+        (of states ``inputs_embeds``, [n, length, hidden]) and ``attention_mask`` [n, length] padded
+        on the right to a multiple of 8; what their images add; and ``labels``: [n], or [n, length]
+        of the tokens of the answers and -100."""
         labels = self.labels[indices]
         if self.offsets is None:
             return {"features": self.values[indices], "labels": labels}
@@ -86,11 +89,16 @@ class Split:
 
 
 def padded(rows: list[Tensor], length: int, pad: int, *, left: bool = False) -> Batch:
-    """``input_ids`` and ``attention_mask`` [n, length] of rows padded at one side."""
-    ids = torch.full((len(rows), length), pad, dtype=torch.long)
+    """``input_ids`` and ``attention_mask`` [n, length] of rows padded at one side; of rows of hidden
+    states, which are padded with zeros, ``inputs_embeds``."""
+    states = rows[0].dim() == 2
+    if states:
+        ids = rows[0].new_zeros(len(rows), length, rows[0].shape[1])
+    else:
+        ids = torch.full((len(rows), length), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
     for index, row in enumerate(rows):
         place = slice(length - len(row), length) if left else slice(0, len(row))
         ids[index, place] = row
         mask[index, place] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"inputs_embeds" if states else "input_ids": ids, "attention_mask": mask}

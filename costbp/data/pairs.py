@@ -50,6 +50,11 @@ class Pair(NamedTuple):
                 f"task '{task}' has images, and model '{model}' reads none; use a model of form "
                 "image_text, or one of kind python with images: true"
             )
+        if unknown := [name for name in self.task.label_words if name not in definition.names]:
+            raise UserError(
+                f"task '{task}': label_words describes '{unknown[0]}', and the answers are "
+                f"{', '.join(definition.names) or 'free text'}"
+            )
         if isinstance(source, PythonSource) and source.images and not definition.shows_images:
             raise UserError(
                 f"model '{model}' needs images, and task '{task}' has none; use another model"

@@ -7,6 +7,7 @@ trained no transformers either.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from costbp.config.catalog import ModelEntry
 from costbp.config.sources import PythonSource, RandomSource
 from costbp.data.encode import choices, encode
 from costbp.data.encoded import Split
@@ -26,6 +28,7 @@ from costbp.errors import UserError
 from costbp.files import atomic, lock
 from costbp.models.architecture import longest
 from costbp.models.modules import Encoder
+from costbp.models.prefix import states_below
 from costbp.models.weights import configuration, load_base, load_tokenizer, ready_weights
 from costbp.tasks.base import Example, load_task
 
@@ -39,13 +42,15 @@ class Prepared:
     Attributes:
         splits: train, validation, test.
         names: class names; none where answers are free text.
-        facts: counts, majority share, truncated examples, form ("tokens" or "features"), and
-            ``choices``, the token ids of each name for models that write text.
+        facts: counts, majority share, truncated examples, form ("tokens", "states" or "features"),
+            and ``choices``, the token ids of each name for models that write text.
+        words: features of what describes each class [classes, hidden], for a head of label words.
     """
 
     splits: dict[str, Split]
     names: list[str]
     facts: dict[str, Any]
+    words: torch.Tensor | None = None
 
     @property
     def choices(self) -> list[list[int]]:
@@ -55,9 +60,9 @@ class Prepared:
 
     @property
     def width(self) -> int:
-        """Length of a feature vector; 0 for tokens."""
-        values = self.splits["train"].values
-        return values.shape[1] if values.dim() == 2 else 0
+        """Length of a feature vector; 0 for tokens and states."""
+        part = self.splits["train"]
+        return part.values.shape[1] if part.offsets is None else 0
 
 
 def prepare(pair: Pair) -> Path:
@@ -69,7 +74,8 @@ def prepare(pair: Pair) -> Path:
             longer texts than the model has positions for.
     """
     model, file = pair.model, pair.file
-    if not (model.base is None or isinstance(model.base, RandomSource) or model.reads_features):
+    held = model.base is None or isinstance(model.base, RandomSource) or model.reads == "features"
+    if not held:
         ready_weights(model, pair.assets)
     if not file.exists():
         with lock(file.with_name(f".{file.stem}.lock")):  # models of one source share the file
@@ -96,7 +102,7 @@ def _prepare(pair: Pair) -> None:
     seen = definition.shows_images
     images = image_tokens(model, assets) if seen and model.writes_text else None
     facts: dict[str, Any] = {
-        "form": "features" if model.reads_features else "tokens",
+        "form": model.reads,
         "names": list(definition.names),
         "pad": words.pad,
         "choices": choices(definition, model, words) if model.writes_text else [],
@@ -109,26 +115,56 @@ def _prepare(pair: Pair) -> None:
         processor = images.settings if images is not None else None
         facts["images"] = store_images(parts, file, model.source.image_side, processor)
         facts["image_token"] = images.token if images is not None else None
-    encoder = Encoder(load_base(model, assets)).eval() if model.reads_features else None
+    aligned = model.head == "label_words"
+    frozen = model.reads != "tokens" or aligned
+    encoder = Encoder(load_base(model, assets)).eval() if frozen else None
     place = {label: index for index, label in enumerate(definition.names)}
     tensors: dict[str, torch.Tensor | None] = {}
+    if encoder is not None and aligned:
+        said = [task.label_words.get(name, name.replace("_", " ")) for name in definition.names]
+        tensors["label_words"] = features(encoder, _tokens(words.rows(said), words.pad))
     for name, part in parts.items():
         encoded = encode(part, model, definition, task.max_length, words, images)
         facts["truncated"][name] = encoded.truncated
-        offsets = torch.tensor([0, *(len(row) for row in encoded.rows)]).cumsum(0)
-        ids = torch.tensor([token for row in encoded.rows for token in row])
-        labels = torch.tensor([place.get(e.answer, -1) for e in part])
-        tokens = Split(ids, labels, offsets, pad=words.pad)
+        tokens = _tokens(encoded.rows, words.pad)
+        values, offsets = tokens.values, tokens.offsets
+        if encoder is not None and model.reads == "features":
+            values, offsets = features(encoder, tokens), None
+        elif encoder is not None and model.reads == "states":
+            values = states(encoder, model, tokens)
         tensors |= {
-            f"{name}.values": ids if encoder is None else features(encoder, tokens),
-            f"{name}.labels": labels,
-            f"{name}.offsets": offsets if encoder is None else None,
+            f"{name}.values": values,
+            f"{name}.labels": torch.tensor([place.get(e.answer, -1) for e in part]),
+            f"{name}.offsets": offsets,
             f"{name}.starts": torch.tensor(encoded.starts) if encoded.starts else None,
             f"{name}.examples": _packed(part) if name != "train" else None,
         }
     with atomic(file) as temporary:
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         save_file(kept, temporary, metadata={"facts": json.dumps(facts)})
+
+
+def _tokens(rows: Sequence[Sequence[int]], pad: int) -> Split:
+    """Rows of token ids, without labels."""
+    offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    ids = torch.tensor([token for row in rows for token in row])
+    return Split(ids, torch.zeros(len(rows), dtype=torch.long), offsets, pad=pad)
+
+
+def states(encoder: Encoder, model: ModelEntry, tokens: Split) -> torch.Tensor:
+    """What the first trained block of an encoder is given of each example, end to end like the
+    tokens, [sum of lengths, hidden], in float32."""
+    assert tokens.offsets is not None
+    found: torch.Tensor | None = None
+    for part in tokens.order().split(FEATURE_BATCH):
+        below = states_below(encoder.model, model.train, tokens.batch(part))
+        if found is None:
+            found = torch.empty(len(tokens.values), below.shape[2])
+        for row, index in zip(below, part.tolist(), strict=True):
+            start, stop = tokens.offsets[index : index + 2].tolist()
+            found[start:stop] = row[: stop - start]
+    assert found is not None
+    return found
 
 
 @torch.no_grad()
@@ -167,7 +203,7 @@ def load_prepared(path: Path) -> Prepared:
             splits = {name: _split(name, found, facts, path) for name in SPLITS}
     except Exception as error:
         raise UserError(f"{path}: is damaged ({error}); delete it and run again") from error
-    return Prepared(splits, facts["names"], facts)
+    return Prepared(splits, facts["names"], facts, found.get("label_words"))
 
 
 def _split(name: str, found: dict[str, torch.Tensor], facts: dict[str, Any], path: Path) -> Split:

@@ -6,6 +6,7 @@ derivatives [K], both float32 or wider, and leaves theta bit-equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -138,7 +139,7 @@ def _batched(
 def positions(batch: Batch) -> int:
     """Rows that a linear layer sees: tokens, or examples where the input is one feature vector."""
     first = next(iter(batch.values()))
-    return first.numel() if not first.is_floating_point() else len(first)
+    return math.prod(first.shape[:-1]) if first.is_floating_point() else first.numel()
 
 
 @dataclass

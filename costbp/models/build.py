@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from costbp.config.catalog import FullTraining, LoraTraining, ModelEntry, Training
 from costbp.config.sources import ConfigSource, Form, PythonSource
 from costbp.errors import UserError
 from costbp.models.architecture import transformers_config
 from costbp.models.loss import ChunkedLoss, cross_entropy
-from costbp.models.modules import Classifier, Encoder, Head, Transformer, redraw
+from costbp.models.modules import Classifier, Encoder, Head, LabelWords, Transformer, redraw
 from costbp.models.packed import QuantisedLinear, replace_packed
+from costbp.models.prefix import without_prefix
 from costbp.models.trainable import head_name, trainable
 from costbp.models.weights import load_base, randomly_drawn
 from costbp.objective import Objective
@@ -28,6 +29,7 @@ def build_model(
     seed: int,
     width: int,
     device: torch.device | str = "cpu",
+    words: Tensor | None = None,
 ) -> nn.Module:
     """The module to be trained, in training mode, with its weights; adapters and head are drawn from
     ``seed``, on the CPU whatever the device.
@@ -37,9 +39,10 @@ def build_model(
         assets: the folder of what has been fetched.
         width: length of a cached feature vector; 0 where the model reads tokens.
         device: where all of it ends.
+        words: features of the classes' descriptions [classes, hidden], for a head of label words.
 
     Raises:
-        UserError: weights are missing or not readable.
+        UserError: weights are missing or not readable, or there are fewer blocks than trained ones.
     """
     if width:
         torch.manual_seed(seed)
@@ -51,7 +54,11 @@ def build_model(
     torch.manual_seed(seed)
     if form == "classifier":
         redraw(getattr(base, head_name(base)))
-    return _finished(base, form, model.train, classes).train().to(device)
+    train = model.train
+    if model.reads == "states":
+        base, train = without_prefix(base, train)
+    head = LabelWords(words) if words is not None and model.head == "label_words" else None
+    return _finished(base, form, train, classes, head=head).train().to(device)
 
 
 def _of_a_file(
@@ -106,7 +113,12 @@ def build_from_config(
 
 
 def _finished(
-    base: Any, form: Form, train: Training, classes: int, adapters_at_zero: bool = True
+    base: Any,
+    form: Form,
+    train: Training,
+    classes: int,
+    adapters_at_zero: bool = True,
+    head: nn.Module | None = None,
 ) -> nn.Module:
     """A transformers model with what is trained put in, as its form puts out."""
     vocabulary = base.config.get_text_config().vocab_size if form in ("causal", "image_text") else 0
@@ -114,5 +126,5 @@ def _finished(
         base.pooler.requires_grad_(False)  # its output is not read
     adapted = trainable(base, form, train, adapters_at_zero=adapters_at_zero)
     if form == "encoder":
-        return Classifier(Encoder(adapted), classes)
+        return Classifier(Encoder(adapted), classes, head)
     return Transformer(adapted, vocabulary)

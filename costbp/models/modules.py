@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from costbp.objective import Batch
 
 SPREAD = 0.02  # of a head's first weights, as in BERT, RoBERTa and OPT
+SHARPNESS = 10.0  # of label words: cosines become logits
 
 
 def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
@@ -40,19 +42,42 @@ class Encoder(nn.Module):
         self.width: int = model.config.hidden_size
 
     def forward(self, batch: Batch) -> Tensor:
-        mask = batch["attention_mask"]
-        states = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-        return mean_pool(states, mask)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        states = self.model(**inputs).last_hidden_state
+        return mean_pool(states, batch["attention_mask"])
+
+
+class LabelWords(nn.Module):
+    """A frozen head on features: each class is the embedding of its description; returns logits
+    [n, classes], cosines of what features and embeddings have beyond the embeddings' mean, times
+    ``SHARPNESS``. So a task is put as the encoder's own, and the first parameters answer already.
+
+    Args:
+        words: features of the descriptions, [classes, hidden].
+    """
+
+    center: Tensor
+    words: Tensor
+
+    def __init__(self, words: Tensor) -> None:
+        super().__init__()
+        center = words.mean(0)
+        self.register_buffer("center", center)
+        self.register_buffer("words", F.normalize(words - center, dim=-1))
+
+    def forward(self, batch: Batch) -> Tensor:
+        found = F.normalize(batch["features"] - self.center, dim=-1)
+        return SHARPNESS * F.linear(found, self.words)
 
 
 class Classifier(nn.Module):
-    """A module that returns features, of a known ``width``, and a linear head; returns logits
-    [n, classes]."""
+    """A module that returns features, of a known ``width``, and a head: a linear one, unless it is
+    given; returns logits [n, classes]."""
 
-    def __init__(self, encoder: Any, classes: int) -> None:
+    def __init__(self, encoder: Any, classes: int, head: nn.Module | None = None) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = Head(encoder.width, classes)
+        self.head = head or Head(encoder.width, classes)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.head({"features": self.encoder(batch)})

@@ -11,6 +11,7 @@ from costbp.config.catalog import FullTraining, HeadTraining, Training
 from costbp.config.sources import Form
 from costbp.errors import UserError
 from costbp.models.libraries import with_transformers
+from costbp.models.prefix import places, stack
 
 HEADS = ("classifier", "score", "lm_head")  # trained in full beside adapters, never packed
 
@@ -35,9 +36,14 @@ def trainable(
     Raises:
         UserError: no layer is called as the adapters' targets.
     """
-    if isinstance(train, FullTraining):
+    if isinstance(train, FullTraining) and train.blocks is None:
         return model
     model.requires_grad_(False)
+    if isinstance(train, FullTraining):
+        found = stack(model)
+        for place in places(train, len(found)):
+            found[place].requires_grad_(True)
+        return model
     head = head_name(model)
     if isinstance(train, HeadTraining):
         output = model.get_output_embeddings()
@@ -50,7 +56,9 @@ def trainable(
     with with_transformers():
         from peft import LoraConfig, get_peft_model
 
+        chosen = None if train.blocks is None else places(train, len(stack(model)))
         settings = LoraConfig(
+            layers_to_transform=chosen,
             r=train.rank,
             lora_alpha=train.alpha,  # type: ignore[arg-type]
             lora_dropout=train.dropout,

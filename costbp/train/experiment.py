@@ -187,7 +187,7 @@ class _Session:
             _resume(run, folder, title)
             with watching(title, folder) as show:
                 outcome, message = run.train(_with_checkpoints(run, folder, stop, show))
-            summary = run.summary(test=test and run.objective.finite())
+            summary = run.summary(test=test)
             return Ended(outcome, message, summary, run.state.rows)
         except Interrupted:
             assert run is not None
@@ -214,7 +214,7 @@ class _Session:
     def _build(self, spec: RunSpec) -> Run:
         data, device = self.data, self.device
         module = build_model(
-            spec.model, len(data.names), self.assets, spec.seed, data.width, str(device)
+            spec.model, len(data.names), self.assets, spec.seed, data.width, device, data.words
         )
         key = self.plan.cost_key(*spec.cell[:3])
         counter = self.counters.setdefault(key, CostCounter(spec.method.build()))

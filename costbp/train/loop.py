@@ -6,18 +6,19 @@ and initial weights are functions of (seed, step), so a resumed run continues bi
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from costbp.config.study import RunSpec
 from costbp.console import say
@@ -63,6 +64,7 @@ class State:
     non_finite: int = 0
     resumed: int = 0
     evaluated: int = 0  # evaluation points passed
+    best: tuple[float, float, int] | None = None  # accuracy, minus loss and step of what is kept
     first_loss: float | None = None
     smooth_loss: float | None = None
     allocated: int = 0
@@ -112,6 +114,7 @@ class Run:
         self.optimizer = spec.optimizer.build(self.objective.theta)
         self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
         self.state = State()
+        self.kept: Tensor | None = None  # theta [d] at the best evaluation
         self.cost_of = costs or CostCounter(self.estimator)
         self.scorer = Scorer(
             data,
@@ -131,6 +134,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "estimator": self.estimator.state_dict(),
             "state": vars(self.state),
+            "kept": self.kept,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -147,7 +151,7 @@ class Run:
             if "step" in moments:
                 moments["step"] = moments["step"].cpu()
         self.estimator.load_state_dict(saved["estimator"])
-        self.state = State(**saved["state"])
+        self.state, self.kept = State(**saved["state"]), saved["kept"]
         self.state.resumed += 1
         if self.state.probe is not None:
             Probe(**self.state.probe).adopt(self.estimator)
@@ -286,7 +290,26 @@ class Run:
                 "validation_loss": found.loss,
             }
         )
+        self._keep(found)
         return found.accuracy
+
+    def _keep(self, found: Scores) -> None:
+        """Remember the parameters of the best evaluation, the first among equals."""
+        state, score = self.state, (found.accuracy, -found.loss)
+        better = state.best is None or score > state.best[:2]
+        if self.spec.evaluation.keep == "best" and better and math.isfinite(found.loss):
+            state.best = (*score, state.step)
+            self.kept = self.objective.theta.clone()
+
+    @contextlib.contextmanager
+    def _best(self) -> Iterator[int]:
+        """Within the block theta is what the test split is scored with: gives the step it is of."""
+        if self.kept is None or self.state.best is None:
+            yield self.state.step
+            return
+        with self.objective.returning():
+            self.objective.theta.copy_(self.kept)
+            yield self.state.best[2]
 
     def _score(self, split: str, scoring: Scoring) -> Scores:
         start = time.perf_counter()
@@ -318,7 +341,9 @@ class Run:
         state = self.state
         accuracies = [r["validation_accuracy"] for r in state.rows if "validation_accuracy" in r]
         losses = [r["validation_loss"] for r in state.rows if "validation_loss" in r]
-        tested, metrics = self._tested() if test else (None, {})
+        with self._best() as scored:
+            usable = test and self.objective.finite()
+            tested, metrics = self._tested() if usable else (None, {})
         resident = self.resident()
         weights = resident.pop("weights")
         probe = Probe(**state.probe) if state.probe is not None else None
@@ -326,6 +351,7 @@ class Run:
             test_accuracy=tested.accuracy if tested else None,
             test_loss=_finite(tested.loss) if tested else None,
             test_metrics=metrics,
+            scored_step=scored if tested else None,
             validation_accuracy=accuracies[-1] if accuracies else None,
             validation_loss=_finite(losses[-1]) if losses else None,
             best_validation_accuracy=max((a for a in accuracies if a is not None), default=None),

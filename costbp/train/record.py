@@ -49,7 +49,9 @@ class Summary(BaseModel):
     """Figures of a finished run. Losses and accuracies that are not finite are None.
 
     Attributes:
-        test_accuracy, test_loss: at the end of the budget, on the test split.
+        test_accuracy, test_loss: on the test split, with the parameters of the best evaluation, or
+            the last, as the study says.
+        scored_step: the step that those parameters are of.
         test_metrics: all that the task's benchmark reports of the test split.
         validation_accuracy, validation_loss: at the last evaluation.
         best_validation_accuracy: the highest of all evaluations.
@@ -82,6 +84,7 @@ class Summary(BaseModel):
     test_accuracy: float | None = None
     test_loss: float | None = None
     test_metrics: dict[str, float] = {}
+    scored_step: int | None = None
     validation_accuracy: float | None = None
     validation_loss: float | None = None
     best_validation_accuracy: float | None = None
