@@ -10,7 +10,7 @@ from costbp.config import Cell, load_plan
 from costbp.errors import UserError
 from costbp.files import write_text
 from costbp.data.pairs import check_pairs
-from costbp.cost.outlook import outlook_line
+from costbp.cost.outlook import outlook_lines
 
 
 configfile: "config/config.yaml"
@@ -29,8 +29,9 @@ try:
 except UserError as error:
     raise WorkflowError(str(error)) from None
 
-if workflow.is_main_process and (outlook := outlook_line(PLAN)):
-    print(outlook, file=sys.stderr)
+if workflow.is_main_process:
+    for line in outlook_lines(PLAN, tunes="tune" in sys.argv):
+        print(line, file=sys.stderr)
 
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
@@ -39,6 +40,19 @@ PAIRS = PLAN.pairs()
 HEADS = [model for model, _ in PAIRS if PLAN.catalog.models[model].reads == "features"]
 ENCODERS = [model for model, _ in PAIRS if model not in HEADS]
 TEXTS = PLAN.texts_key()  # words of the report: a change redraws it, and runs nothing else
+
+
+def first_trials(model, task, **job):
+    """What a job waits for in a study that tunes first: trials of its pair, methods and budget."""
+    methods, budget = job.get("methods"), job.get("budget")
+    return [
+        PLAN.trials_file(cell)
+        for cell in (CELLS if PLAN.study.tuning.first else ())
+        if cell[:2] == (model, task)
+        and (methods is None or cell.method in methods.split("+"))
+        and budget in (None, cell.budget)
+    ]
+
 
 # Rules call the `costbp` that belongs to this interpreter, whatever PATH says, on every node.
 # Waiting threads that spin would make small models 10-20x slower on a busy machine.

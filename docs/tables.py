@@ -16,13 +16,32 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from costbp.config import catalog, claims, costs, load_plan, methods, optimizer, sources, study
+from costbp.config import (
+    catalog,
+    claims,
+    costs,
+    load_plan,
+    methods,
+    optimizer,
+    sources,
+    study,
+    tuning,
+)
 from costbp.config.entries import Entry
 from costbp.config.methods import BackpropSpec, MethodEntry, ProjectedSpec
 from costbp.config.shares import Shares
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES: tuple[ModuleType, ...] = (catalog, claims, costs, methods, optimizer, sources, study)
+MODULES: tuple[ModuleType, ...] = (
+    catalog,
+    claims,
+    costs,
+    methods,
+    optimizer,
+    sources,
+    study,
+    tuning,
+)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 WORDS = {"object": "mapping", "string": "text", "boolean": "true, false", "null": "null"}

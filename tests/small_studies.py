@@ -63,7 +63,7 @@ def smaller(study: Path, budget: dict[str, Any]) -> dict[str, Any]:
             "tasks": dict.fromkeys(tasks, TASK),
             "budgets": dict.fromkeys(units, budget),
         },
-        "tuning": {"file": "absent.yaml"},
+        "tuning": {"file": "absent.yaml", "first": False},
         "resources": {"gpu": 0, "methods_per_job": 8},
         "device": "cpu",
     }

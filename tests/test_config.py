@@ -234,15 +234,6 @@ def test_blame_falls_on_the_overlay(workdir):
         load_plan([Path("mine.yaml")])
 
 
-def test_unequal_trials_are_unfair(workdir):
-    path = workdir / "config/catalog/methods.yaml"
-    data = yaml.safe_load(path.read_text())
-    data["zo_vanilla"]["trials"] = data["zo_vanilla"]["trials"][:1]
-    path.write_text(yaml.safe_dump(data))
-    with pytest.raises(UserError, match="same number of tuning trials"):
-        load_plan()
-
-
 def test_command_prints_one_line_and_fails(costbp, workdir):
     edit(workdir / "config/config.yaml", "- zo_multiple", "- zo_multipel")
     done = costbp("validate")

@@ -19,6 +19,7 @@ import torch
 from costbp.analysis.frames import Frames
 from costbp.analysis.report import differences
 from costbp.config import Cell, OptimizerSpec, load_plan
+from costbp.config.tuning import Setting, Tuned
 from costbp.cost.pairs import pair_costs
 from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
@@ -267,7 +268,8 @@ def test_state_in_the_cost_table_is_that_of_the_tuned_optimiser(plan):
     """AdamW's moments count where it is what trains, though the catalog's default has none."""
     model, task, method, _ = HEAD
     moments = OptimizerSpec(name="adamw", lr=0.001)
-    choices = ({}, {model: {task: {method: moments}}})
+    found = Tuned(key="any", choice=Setting(**moments.model_dump()))
+    choices = ({}, {model: {task: {method: {"units_400": found}}}})
     plans = [plan.model_copy(update={"tuned": choice}) for choice in choices]
     plain, tuned = (pair_costs(p, model, task, [method])[0] for p in plans)
     assert tuned.state_bytes - plain.state_bytes == 2 * 4 * plain.d + 4

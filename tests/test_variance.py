@@ -235,8 +235,7 @@ def test_spread_is_that_of_the_losses_over_eps():
 def entry(estimator, **options):
     sgd = {"name": "sgd", "lr": 1.0}
     return MethodEntry.model_validate(
-        {"label": "x", "family": "zo", "estimator": estimator, "optimizer": sgd, "trials": [sgd]}
-        | options
+        {"label": "x", "family": "zo", "estimator": estimator, "optimizer": sgd} | options
     )
 
 

@@ -151,15 +151,15 @@ def notes(plan: Plan, frames: Frames) -> list[str]:
             "the forward of what still runs, the head. Units of different models can't be added "
             "or compared, and checkpointing has nothing to recompute there."
         )
-    tuned = sum(plan.optimizer(c)[1] == str(plan.study.tuning.file) for c in plan.cells())
-    total = sum(1 for _ in plan.cells())
-    trials = len(plan.catalog.methods[plan.reference].trials)
-    choices = {
-        f"{tuned} of {total} experiments use the choice of {trials} trials on the validation split "
-        f"({plan.study.tuning.file}), the same number for every method": tuned,
-        f"{total - tuned} of {total} use the catalog's default": total - tuned,
+    choices = [plan.choice(cell) for cell in plan.cells()]
+    tuned = sum(choice.tuned for choice in choices)
+    total, trials = len(choices), plan.study.tuning.trials
+    used_by = {
+        f"{tuned} of {total} experiments use the choice of {trials} trials on the validation split, at "
+        "the same total of forward units for every method": tuned,
+        f"{total - tuned} of {total} are not tuned": total - tuned,
     }
-    used = "; ".join(text for text, count in choices.items() if count)
+    used = "; ".join(text for text, count in used_by.items() if count)
     found.append(f"Optimiser and learning rate: {used}.")
     found += differences(plan, frames)
     return found

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from costbp import __version__
-from costbp.config.load import load_plan
+from costbp.config.load import load_plan, settled
 from costbp.config.study import Cell, Plan
 from costbp.console import say
 from costbp.data.pairs import check_pairs
@@ -55,9 +55,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Manifest to write, for 
 def load(config: Sequence[Path] | None, frozen: Path | None) -> Plan:
     """The plan that a command works on."""
     if frozen is None:
-        return check_pairs(load_plan(config or ()))
+        return settled(check_pairs(load_plan(config or ())))
     try:
-        return Plan.model_validate_json(frozen.read_text(encoding="utf-8"))
+        return settled(Plan.model_validate_json(frozen.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{frozen}: is not a plan written by the Snakefile") from error
 

@@ -134,22 +134,19 @@ def trials(
     plan: Frozen = None,
     out: Out = None,
 ) -> None:
-    """Run the trials of learning rates of one experiment, on the validation split."""
-    from costbp.train.experiment import write_manifest
-    from costbp.train.tune import run_trials, score
+    """Run the trials of learning rates of one experiment, on the validation split, and choose."""
+    from costbp.train.tune import run_trials, write_manifest
 
     study = load(config, plan)
     cell = cell_of(study, model, task, method, budget)
-    records = run_trials(study, cell)
-    for record in records:
-        print(f"{cell}: {record.spec.optimizer.name} {record.spec.optimizer.lr:g}: {score(record)}")
-    if out is not None:
-        write_manifest(out, records, study.study.paths.store)
+    tuned = run_trials(study, cell)
+    write_manifest(study, cell, tuned, out)
+    print(f"{cell}: {tuned.choice.compact() if tuned.choice else tuned.note}")
 
 
 @app.command()
 def tune(config: Config = None, plan: Frozen = None, out: Out = None) -> None:
-    """Choose learning rates by the trials, and write them to the study's tuning file."""
+    """Write what the trials chose, and all of them, to the study's tuning file."""
     from costbp.train.tune import write_choices
 
     study = load(config, plan)

@@ -36,11 +36,13 @@ class Entry(Strict):
     citation: str | None = Field(None, description="Where the entry comes from.")
     notes: str | None = Field(None, description="What a reader should know about it.")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, *, exclude_defaults: bool = False) -> dict[str, Any]:
         """What a run's hash is made of: the entry without its cosmetic fields, and checksums of the
         Python files that it names."""
         files = {name: part.checksum for name, part in self if isinstance(part, PythonFile)}
-        found = self.model_dump(mode="json", exclude=self.cosmetic)
+        found = self.model_dump(
+            mode="json", exclude=self.cosmetic, exclude_defaults=exclude_defaults
+        )
         return found | {"files": files} if files else found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +17,10 @@ from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
 from costbp.config.groups import Names, load_groups
 from costbp.config.methods import MethodEntry
-from costbp.config.optimizer import OptimizerSpec
 from costbp.config.read import Loc, Sources, blame, dotted, laid_over, read_yaml, validate, value_at
 from costbp.config.sources import FolderSource
 from costbp.config.study import Plan, Study
+from costbp.config.tuning import Choices, Tuned
 from costbp.errors import UserError, suggest
 
 DEFAULT = Path("config/config.yaml")
@@ -103,7 +104,7 @@ def swept(
 
 class _TunedFile(Strict):
     about: str = ""
-    choices: dict[str, dict[str, dict[str, OptimizerSpec]]]
+    choices: Choices
 
 
 def load_plan(
@@ -134,8 +135,8 @@ def load_plan(
     study = _resolved(study, names)
     _check_sweeps(study, catalog, sources)
     _check_paths(study, catalog, sources)
-    tuned = {}
-    if study.tuning.file.exists():
+    tuned: Choices = {}
+    if study.tuning.file.exists() and not study.tuning.first:
         content = read_yaml(study.tuning.file)
         tuned = validate(_TunedFile, content, [(study.tuning.file, content)]).choices
     claims = read_yaml(study.claims)
@@ -145,7 +146,7 @@ def load_plan(
         tuned=tuned,
         claims=validate(Claims, claims, [(study.claims, claims)]),
     )
-    _check_trials(plan)
+    _check_tuning(plan, blame(sources, ("tuning",)))
     _check_claims(plan, blame(sources, ("experiments",)))
     return plan
 
@@ -210,15 +211,47 @@ def _check_sweeps(study: Study, catalog: Catalog, sources: Sources) -> None:
             swept(catalog.models[sweep.model], methods, sweep, value, where)
 
 
-def _check_trials(plan: Plan) -> None:
-    """Fairness: every method of a study has the same number of trials."""
-    counts = {cell.method: len(plan.catalog.methods[cell.method].trials) for cell in plan.cells()}
-    if len(set(counts.values())) > 1:
-        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(
-            f"{plan.study.catalog}/methods.yaml: methods of one study need the same number of "
-            f"tuning trials, found {listed}"
-        )
+def own_choices(plan: Plan) -> Choices:
+    """The choices of the study's own trials, as far as they have been made."""
+    found: Choices = {}
+    for cell in plan.cells():
+        if (path := plan.trials_file(cell)).exists():
+            tuned = Tuned.model_validate_json(path.read_bytes())
+            methods = found.setdefault(cell.model, {}).setdefault(cell.task, {})
+            methods.setdefault(cell.method, {})[cell.budget] = tuned
+    return found
+
+
+def settled(plan: Plan) -> Plan:
+    """The plan with the choices that it runs by: where it tunes first, those of its own trials."""
+    return plan.model_copy(update={"tuned": own_choices(plan)}) if plan.study.tuning.first else plan
+
+
+def _check_tuning(plan: Plan, file: Path) -> None:
+    """The first round has room for every rate, and trials have a seed of their own."""
+    tuning, study = plan.study.tuning, plan.study
+    if tuning.seed in {*study.seeds, *(s for b in study.experiments for s in b.seeds or ())}:
+        raise UserError(f"{file}: tuning.seed = {tuning.seed} is one of the study's seeds")
+    for name in dict.fromkeys(cell.method for cell in plan.cells()):
+        method = plan.catalog.methods[name]
+        if not (roots := tuning.roots(method)):
+            raise UserError(
+                f"{file}: tuning.rates has none for {', '.join(method.optimizers)}, and {name} "
+                "takes no other optimiser"
+            )
+        if len(roots) > 2**tuning.total:
+            raise UserError(
+                f"{file}: tuning.total = {tuning.total} makes {2**tuning.total} trials in the first "
+                f"round, and {name} has {len(roots)} rates; raise it, or try fewer rates"
+            )
+    for cell in plan.cells() if tuning.first else ():
+        budget = plan.catalog.budgets[cell.budget].forward_units or math.inf
+        least = plan.catalog.methods[cell.method].closed_form() or 0.0
+        if budget / 2**tuning.total < least:
+            raise UserError(
+                f"{file}: tuning.first: a trial of {cell.method} gets {budget / 2**tuning.total:g} "
+                f"forward units of {cell.budget}, and a step takes {least:g}; raise the budget"
+            )
 
 
 def _check_claims(plan: Plan, file: Path) -> None:

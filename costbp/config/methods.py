@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from costbp.config.entries import Entry, PythonFile, Strict
-from costbp.config.optimizer import OptimizerSpec
+from costbp.config.optimizer import Name, OptimizerSpec
 from costbp.config.shares import RULE_OF_THUMB, Shares
 
 if TYPE_CHECKING:
@@ -335,14 +335,27 @@ class MethodEntry(Entry):
     )
     sign: bool = Field(False, description="Replace the estimate by its signs.")
     optimizer: OptimizerSpec = Field(description="Default where no tuned choice exists.")
-    trials: tuple[OptimizerSpec, ...] = Field(
-        min_length=1, description="What `tune` tries: the same number for every method of a study."
+    optimizers: tuple[Name, ...] = Field(
+        ("sgd", "adamw"),
+        min_length=1,
+        description="What `tune` may try: one where the optimiser is part of the method.",
     )
     reference: bool = Field(
         False, description="True for the BP variant that claims compare the others with."
     )
 
-    cosmetic: ClassVar[set[str]] = Entry.cosmetic | {"optimizer", "trials", "reference", "family"}
+    cosmetic: ClassVar[set[str]] = Entry.cosmetic | {
+        "optimizer",
+        "optimizers",
+        "reference",
+        "family",
+    }
+
+    @model_validator(mode="after")
+    def _default_is_allowed(self) -> MethodEntry:
+        if self.optimizer.name not in self.optimizers:
+            raise ValueError(f"optimizer.name = '{self.optimizer.name}' is not among 'optimizers'")
+        return self
 
     @model_validator(mode="after")
     def _svrg_shares_directions(self) -> MethodEntry:

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+Name = Literal["adamw", "sgd"]
 LEAST_RATE = 1e-5  # the least that is published for zeroth order with adapters
 
 
 class OptimizerSpec(Strict):
     """A torch optimiser on the flat parameter vector."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="Of torch's.")
+    name: Name = Field("adamw", description="Of torch's.")
     lr: float = Field(gt=0, description="Learning rate.")
     falls_from: int | None = Field(
         None,

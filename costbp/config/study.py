@@ -19,11 +19,13 @@ from costbp.config.catalog import (
     TaskEntry,
 )
 from costbp.config.claims import Claims
-from costbp.config.costs import Costs, card_bytes
+from costbp.config.costs import Costs
 from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
+from costbp.config.resources import Paths, Resources
 from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource, Repository
+from costbp.config.tuning import Choice, Choices, Setting, Trial, Tuned, Tuning, with_eps
 from costbp.files import digest
 
 FORMAT = 8  # raised when the meaning of a run changes, so that old records are not mistaken for new
@@ -79,51 +81,6 @@ class Evaluation(Strict):
     diverged_at: float = Field(
         10.0, gt=1, description="Smoothed training loss over its first value that ends a run."
     )
-
-
-class Tuning(Strict):
-    """How learning rates are chosen."""
-
-    file: Path = Field(description="Committed choices; read when present.")
-    fraction: float = Field(0.5, gt=0, le=1, description="Share of the budget a trial gets.")
-    seed: int = Field(1000, description="Seed of the trials, outside the study's seeds.")
-
-
-class Resources(Strict):
-    """What a training job asks of a cluster; without a scheduler only `gpu` matters."""
-
-    methods_per_job: int = Field(
-        1,
-        ge=1,
-        description="Experiments that a training job may run one after the other in one process, "
-        "where runs take no longer than a process takes to start.",
-    )
-    gpu: int = Field(0, ge=0, description="GPUs of a training job.")
-    mem_mb: int = Field(2500, ge=100, description="Memory of a training job.")
-    runtime: int = Field(60, ge=1, description="Minutes a training job may take.")
-    memory: str | None = Field(
-        None, description="What a run may take of its device, as 24GB; default: what a GPU has."
-    )
-    tflops: float = Field(
-        100.0, gt=0, description="TFLOP/s that a GPU sustains, for the estimate of a study's hours."
-    )
-
-    @field_validator("memory")
-    @classmethod
-    def _a_size(cls, memory: str | None) -> str | None:
-        if memory is not None:
-            card_bytes(memory)
-        return memory
-
-
-class Paths(Strict):
-    """Folders, relative to the working directory."""
-
-    store: Path = Field(Path("runs"), description="Run store, shared by all studies.")
-    cache: Path = Field(Path("cache"), description="Assets and prepared data.")
-    results: Path = Field(Path("results"), description="Manifests and tidy tables, by study.")
-    reports: Path = Field(Path("reports"), description="What people read.")
-    mlflow: Path = Field(Path("mlflow"), description="Local MLflow database and artifacts.")
 
 
 class Study(Strict):
@@ -207,9 +164,7 @@ class Plan(Strict):
 
     study: Study
     catalog: Catalog
-    tuned: dict[str, dict[str, dict[str, OptimizerSpec]]] = Field(
-        default_factory=dict, description="model -> task -> method -> choice"
-    )
+    tuned: Choices = Field(default_factory=dict)
     claims: Claims = Field(default_factory=dict)
 
     @property
@@ -306,7 +261,9 @@ class Plan(Strict):
         catalog = self.catalog
         entries = (catalog.models[model], catalog.tasks[task], catalog.methods[method])
         identity = [entry.identity() for entry in entries]
-        identity.append(self.optimizer(Cell(model, task, method, ""))[0].model_dump(mode="json"))
+        identity.append(
+            self.choice(Cell(model, task, method, "")).optimizer.model_dump(mode="json")
+        )
         device = self.study.device
         return short_hash([FORMAT, COSTS, device, self.assets_of(model, task), *identity])
 
@@ -336,7 +293,7 @@ class Plan(Strict):
 
     def texts_key(self) -> str:
         """Hash of what reports show and runs don't depend on."""
-        unseen = {"optimizer", "trials"}
+        unseen = {"optimizer", "optimizers"}
         texts = [
             [name, entry.model_dump(mode="json", include=entry.cosmetic - unseen)]
             for kind in ("methods", "models", "tasks", "budgets")
@@ -344,22 +301,54 @@ class Plan(Strict):
         ]
         return short_hash([texts, self.study.description, self.study.scale])
 
-    def optimizer(self, cell: Cell) -> tuple[OptimizerSpec, str]:
-        """The optimiser of an experiment, and where the choice comes from."""
-        choice = self.tuned.get(cell.model, {}).get(cell.task, {}).get(cell.method)
-        if choice is not None:
-            return choice, str(self.study.tuning.file)
-        return self.catalog.methods[cell.method].optimizer, "catalog default"
+    def choice(self, cell: Cell) -> Choice:
+        """The optimiser of an experiment, and where it comes from. A choice that was made under
+        other settings is used, and does not count as tuned. Without a budget: of the first that has
+        been tuned."""
+        found = self._tuned(cell)
+        if found is None or found.choice is None:
+            return Choice(
+                self.catalog.methods[cell.method].optimizer, None, False, "catalog default"
+            )
+        tuning, tuned = self.study.tuning, not cell.budget or found.key == self.tuning_key(cell)
+        source = "the study's own trials" if tuning.first else str(tuning.file)
+        source += "" if tuned else ", made under other settings"
+        return Choice(found.choice.optimizer, found.choice.eps, tuned, source)
+
+    def trials(self, cell: Cell) -> tuple[Trial, ...]:
+        """What was tried for an experiment; nothing where it has not been tuned."""
+        found = self._tuned(cell)
+        return () if found is None else found.trials
+
+    def _tuned(self, cell: Cell) -> Tuned | None:
+        budgets = self.tuned.get(cell.model, {}).get(cell.task, {}).get(cell.method, {})
+        return budgets.get(cell.budget) if cell.budget else next(iter(budgets.values()), None)
+
+    def tuning_key(self, cell: Cell) -> str:
+        """Hash of the settings that a choice is made under."""
+        catalog = self.catalog
+        others = catalog.models[cell.model], catalog.tasks[cell.task], catalog.budgets[cell.budget]
+        return self.study.tuning.key(catalog.methods[cell.method], others)
+
+    def trials_key(self, cell: Cell) -> list[str]:
+        """Hashes of all that an experiment's trials depend on."""
+        root = self.study.tuning.roots(self.catalog.methods[cell.method])[0]
+        return [self.tuning_key(cell), self.trial_spec(cell, root, 1.0).hash]
+
+    def trials_file(self, cell: Cell) -> Path:
+        """The manifest of an experiment's trials."""
+        return self.results.joinpath("trials", *cell[:3], f"{cell.budget}.json")
 
     def spec(self, cell: Cell, seed: int) -> RunSpec:
         """The frozen spec of one seed of one experiment."""
+        choice = self.choice(cell)
         return RunSpec(
             cell=tuple(cell),
             model=self.catalog.models[cell.model],
             task=self.catalog.tasks[cell.task],
-            method=self.catalog.methods[cell.method],
+            method=with_eps(self.catalog.methods[cell.method], choice.eps),
             budget=self.catalog.budgets[cell.budget],
-            optimizer=self.optimizer(cell)[0],
+            optimizer=choice.optimizer,
             evaluation=self.study.evaluation,
             seed=seed,
             assets=self.assets_of(cell.model, cell.task),
@@ -388,17 +377,14 @@ class Plan(Strict):
         cells = [Cell(model, task, method, budget) for method in methods.split("+")]
         return [spec.hash for cell in cells for spec in self.specs(cell)]
 
-    def trial_specs(self, cell: Cell) -> list[RunSpec]:
-        """One short run per trial of the method, scored on the validation split alone."""
-        tuning = self.study.tuning
-        return [
-            self.spec(cell, tuning.seed).model_copy(
-                update={
-                    "cell": (*cell[:3], f"{cell.budget}.tune"),
-                    "budget": self.catalog.budgets[cell.budget].scaled(tuning.fraction),
-                    "optimizer": trial,
-                    "evaluation": self.study.evaluation.model_copy(update={"points": (1.0,)}),
-                }
-            )
-            for trial in self.catalog.methods[cell.method].trials
-        ]
+    def trial_spec(self, cell: Cell, setting: Setting, share: float) -> RunSpec:
+        """A run of a setting at a share of the budget, scored on the validation split at its end."""
+        return self.spec(cell, self.study.tuning.seed).model_copy(
+            update={
+                "cell": (*cell[:3], f"{cell.budget}.tune"),
+                "method": with_eps(self.catalog.methods[cell.method], setting.eps),
+                "budget": self.catalog.budgets[cell.budget].scaled(share),
+                "optimizer": setting.optimizer,
+                "evaluation": self.study.evaluation.model_copy(update={"points": (1.0,)}),
+            }
+        )

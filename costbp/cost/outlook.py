@@ -30,8 +30,8 @@ class Outlook:
         return self.flops / (tflops * 1e12) / 3600
 
 
-def outlook(plan: Plan) -> Outlook:
-    """FLOPs of all runs of a study whose models are given by configurations."""
+def outlook(plan: Plan, *, trials: bool = False) -> Outlook:
+    """FLOPs of all runs (or all tuning trials) of a study whose models are given by configurations."""
     total, runs = 0.0, 0
     unknown: dict[str, None] = {}
     pairs: dict[tuple[str, str], list[Product]] = {}
@@ -44,9 +44,9 @@ def outlook(plan: Plan) -> Outlook:
         pair = (cell.model, cell.task)
         if pair not in pairs:
             pairs[pair] = _products(entry, source, plan.catalog.tasks[cell.task])
-        seeds = len(plan.seeds(cell))
-        total += seeds * _flops(plan, cell, pairs[pair])
-        runs += seeds
+        seeds, tuning = len(plan.seeds(cell)), plan.study.tuning
+        total += (tuning.total if trials else seeds) * _flops(plan, cell, pairs[pair])
+        runs += tuning.trials if trials else seeds
     return Outlook(total, runs, tuple(unknown))
 
 
@@ -66,14 +66,36 @@ def _flops(plan: Plan, cell: Cell, found: list[Product]) -> float:
     return (budget.steps or 0) * (per_step or 0.0) * forward
 
 
-def outlook_line(plan: Plan) -> str:
-    """The outlook in one line; empty where nothing is known."""
-    found = outlook(plan)
+def outlook_lines(plan: Plan, *, tunes: bool = False) -> list[str]:
+    """What the study will take, and its tuning where that is asked for or comes first; and whether its
+    tuned choices are those of its settings. Empty where there is nothing to say."""
+    lines = []
+    tuning, cells = plan.study.tuning, list(plan.cells())
+    if found := _sentence(plan, outlook(plan)):
+        lines.append(f"study '{plan.name}': {found}")
+    if tunes or tuning.first:
+        words = f"{len(cells) * tuning.trials:,} trials of {len(cells)} experiments"
+        for unit in ("forward units", "steps"):
+            budgets = [plan.catalog.budgets[cell.budget] for cell in cells]
+            if amount := sum(b.amount for b in budgets if b.unit == unit):
+                words += f", at most {tuning.total * amount:,.0f} {unit}"
+        flops = _sentence(plan, outlook(plan, trials=True))
+        lines.append(f"tuning '{plan.name}': {words}{flops and f'; of these {flops}'}")
+    aged = sum("other settings" in plan.choice(cell).source for cell in cells)
+    if aged:
+        lines.append(
+            f"warning: {aged} of {len(cells)} choices in {tuning.file} were made under other settings; "
+            "they are used, and count as untuned until `snakemake tune` has made them anew"
+        )
+    return lines
+
+
+def _sentence(plan: Plan, found: Outlook) -> str:
     if not found.runs:
         return ""
     tflops = plan.study.resources.tflops
     text = (
-        f"study '{plan.name}': {found.runs} runs, {found.flops / 1e18:.3g} EFLOP of training, about "
+        f"{found.runs} runs, {found.flops / 1e18:.3g} EFLOP of training, about "
         f"{found.hours(tflops):,.3g} GPU hours at {tflops:g} TFLOP/s, evaluation not included"
     )
     return text + (f"; {', '.join(found.unknown)} not counted" if found.unknown else "")

@@ -156,7 +156,7 @@ def _on_data(
     module = build_model(entry, len(data.names), assets, 0, data.width, device, data.words)
     objective = Objective(module, cross_entropy)
     batch = to_device(BatchStream(data.splits["train"], rows, 0)[0], device)
-    used, _ = plan.optimizer(Cell(model, task, method, ""))  # tuned or not, as in training
+    used = plan.choice(Cell(model, task, method, "")).optimizer  # tuned or not, as in training
     optimizer = used.build(objective.theta)
     found = measure_step(objective, chosen.build(), optimizer, batch, timed=timed)
     shares = Shares(tensors=len(objective.slices), blocks=len(blocks(module)))

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,7 +69,7 @@ class Stop:
 
 def run_specs(
     plan: Plan,
-    specs: Sequence[RunSpec],
+    specs: Iterable[RunSpec],
     *,
     test: bool = True,
     force: bool = False,
@@ -78,6 +78,7 @@ def run_specs(
     """Run specs one after the other in this process; what the store holds is not run again.
 
     Args:
+        specs: may follow from the records of those before, of which ``done`` is told first.
         test: score the test split at the end (tuning trials must not).
         force: start runs although they don't fit by their traced memory.
         done: told of each record, also of those the store already held.

@@ -1,5 +1,6 @@
-# Learning rates: the same number of trials for every method, scored on the validation split. Not
-# part of `all`: the choices are committed. `snakemake tune --cores all` makes them anew.
+# Learning rates: trials at the same total cost for every method, scored on the validation split. Not part
+# of `all` where the choices are committed: `snakemake tune --cores all` makes them anew. A study with
+# `tuning.first` runs its trials before it trains.
 
 
 rule trials:
@@ -9,7 +10,7 @@ rule trials:
         RESULTS / "trials" / "{model}" / "{task}" / "{method}" / "{budget}.json",
     params:
         plan=RESOLVED,
-        runs=lambda wildcards: [spec.hash for spec in PLAN.trial_specs(Cell(**wildcards))],
+        runs=lambda wildcards: PLAN.trials_key(Cell(**wildcards)),
     log:
         LOGS / "trials" / "{model}-{task}-{method}-{budget}.log",
     benchmark:
@@ -29,7 +30,7 @@ rule trials:
 
 rule tune:
     input:
-        [RESULTS / "trials" / cell.model / cell.task / cell.method / f"{cell.budget}.json" for cell in CELLS],
+        map(PLAN.trials_file, CELLS),
     output:
         RESULTS / "tuned.yaml",
     params:
