@@ -78,7 +78,7 @@ def built(plan) -> Frames:
 
 
 def judged(name: str, verdict: str, runs: list[str], **more) -> dict:
-    row = {"name": name, "side": "for", "text": f"{name}: +30.1 points", "runs": runs}
+    row = {"name": name, "side": "for", "text": "+30.1 points", "runs": runs}
     found = {
         "id": name, "title": name.capitalize(), "statement": "BP is better.", "source": "a paper",
         "provenance": "quoted", "claimed": "up to 31.1 %", "camp": "other", "reading": "accuracy_gap",

@@ -252,31 +252,42 @@ def jumps(plan: Plan, steps: pd.DataFrame) -> Figure:
 
 
 def profile(plan: Plan, found: pd.DataFrame) -> Figure:
-    """Share of the settings in which a method reaches a target at no more than ``ratio`` times the
-    cheapest method's cost: a panel per target and kind of cost."""
+    """Share of the problems in which a method reaches a target at no more than ``factor`` times the
+    least units of all methods: a panel a target. The reference, and what solves the most of each
+    other family, stand out."""
     if found.empty:
-        return nothing("no target to profile")
-    parts = list(labelled(plan, found).groupby(["target", "kind"], sort=False))
+        return nothing("no target could be set")
+    parts = dict(list(labelled(plan, found).groupby("target", sort=False)))
+    legend = _legend(plan)
 
     def fill(axis: Any, place: int) -> None:
-        rows = parts[place][1]
-        for _, part in rows.groupby("method", sort=False):
-            leads = part["leads"].iloc[0]
-            look = _style(part) if leads else {"color": GREY, "lw": 0.8, "zorder": 1}
-            label = part["Method"].iloc[0] if leads else OTHERS
-            axis.step(part["ratio"], 100 * part["share"], where="post", label=label, **look)
+        rows = list(parts.values())[place]
+        most = rows.groupby(["family", "method"], sort=False)["solved"].max()
+        best = {name for _, name in most.groupby("family", sort=False).idxmax()}
+        best = {m for m in best if plan.catalog.methods[m].family != "bp"} | {plan.reference}
+        for method, part in rows.groupby("method", sort=False):
+            look = {"color": GREY, "lw": 0.8, "zorder": 1, "label": OTHERS}
+            if method in best:
+                look = {**_style(part), "label": legend[part["family"].iloc[0]]}
+            solved = 100 * part["solved"].to_numpy()
+            axis.step(part["factor"], solved, where="post", **look)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(plain)
-        axis.set_ylim(-3, 103)
+        axis.set_ylim(0, 103)
 
-    titles = [f"{target}, {kind}" for (target, kind), _ in parts]
-    return grid(titles, fill, x="Cost over the cheapest method's", y="Settings, %")
+    named = {"x": "Forward units over the least", "y": "Problems, %"}
+    return grid(
+        [f"{t:.0%} of the reference's gain" for t in parts],
+        fill,
+        **named,
+        order=[*legend.values(), OTHERS],
+    )
 
 
-def _trials(plan: Any) -> pd.DataFrame:
+def _trials(plan: Plan) -> pd.DataFrame:
     """The trials by which rates were chosen: a row each, with whether it was chosen."""
     rows = []
-    for cell in plan.cells() if hasattr(plan, "trials") else ():
+    for cell in plan.cells():
         choice = plan.choice(cell).optimizer
         for trial in plan.trials(cell):
             found = {name: getattr(trial, name) for name in ("lr", "eps", "share", "accuracy")}

@@ -91,8 +91,8 @@ REPORT = (
     ),
     Figure(
         "profiles",
-        "Performance profiles (Dolan and More 2002): in how many of the settings a method reaches the "
-        "target at no more than so many times the cost of the cheapest method.",
+        "Performance profiles (Dolan and More 2002): in how many of the problems (a model, task, budget "
+        "and seed) a method reaches the target at no more than so many times the least forward units.",
         "profiles",
         "figures.profile",
     ),
