@@ -7,6 +7,7 @@ from snakemake.exceptions import WorkflowError
 
 from costbp.analysis.outputs import REPORT
 from costbp.config import Cell, load_plan
+from costbp.config.claims import traces
 from costbp.errors import UserError
 from costbp.files import write_text
 from costbp.data.pairs import check_pairs

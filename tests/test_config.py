@@ -64,8 +64,17 @@ def edit(path: Path, old: str, new: str) -> None:
         ("catalog/groups.yaml", "\nmethods:", "\nmethod:", ["unknown key 'method'", "did you mean 'methods'"]),
         ("claims.yaml", "reading: accuracy_gap", "reading: acuracy_gap", ["accuracy.reading = 'acuracy_gap'", "did you mean 'accuracy_gap'"]),
         ("claims.yaml", "  reading: accuracy_gap\n", "", ["key 'accuracy.reading' is missing"]),
-        ("claims.yaml", "tolerance: 1.5", "tolerence: 1.5", ["unknown key 'memory.tolerence'", "did you mean 'tolerance'"]),
-        ("claims.yaml", "reading: accuracy_gap", "reading: accuracy_gap\n  tolerance: 2", ["unknown key 'accuracy.tolerance'"]),
+        ("claims.yaml", "at_most: 1.5", "at_mots: 1.5", ["unknown key 'memory.at_mots'", "did you mean 'at_most'"]),
+        ("claims.yaml", "reading: accuracy_gap", "reading: accuracy_gap\n  at_most: 2", ["unknown key 'accuracy.at_most'"]),
+        ("claims.yaml", "at_least: 0.8\n  at_most: 1.25", "", ["flops_order", "'at_least', 'at_most', or both"]),
+        ("claims.yaml", "[[minilm_words, minilm_words_r8]]", "[[minilm_words]]", ["scale.series[0]", "at least 2"]),
+        ("claims.yaml", "[[minilm_words, minilm_words_r8]]", "[[minilm_words, minilm_wrds]]", ["scale.series: 'minilm_wrds'", "did you mean 'minilm_words'"]),
+        ("claims.yaml", "[[minilm_words, minilm_words_r8]]", "[[minilm_words, bert_base]]", ["scale.series: minilm_words, bert_base must share one source"]),
+        ("claims.yaml", "reading: to_target", "reading: to_target\n  series: [[minilm_words, minilm_words_r8]]", ["convergence", "'slowdown_over_d'"]),
+        ("claims.yaml", "units: [points, percent]", "units: [point]", ["accuracy.magnitude.units[0] = 'point'", "did you mean 'points'"]),
+        ("claims.yaml", "targets: [0.25]", "targets: [1.25]", ["effective_rank.targets[0] = 1.25"]),
+        ("claims.yaml", "[1GB, 2GB", "[1XB, 2GB", ["on_device.memories", "with a unit"]),
+        ("claims.yaml", "[roberta_base, llama_3_1_8b]", "[roberta_bas, llama_3_1_8b]", ["traced.models: 'roberta_bas'", "did you mean 'roberta_base'"]),
         ("claims.yaml", "fmad_accumulate: fmad_vanilla", "fmad_accumulate: fmad_vanila", ["variance_reduction.baselines", "did you mean 'fmad_vanilla'"]),
     ],
 )  # fmt: skip
@@ -116,7 +125,7 @@ def test_a_mistake_in_claims_ends_validate(workdir):
 
 def test_a_change_of_claims_changes_no_run(workdir):
     before = load_plan()
-    edit(workdir / "config/claims.yaml", "tolerance: 1.5", "tolerance: 2")
+    edit(workdir / "config/claims.yaml", "at_most: 1.5", "at_most: 2")
     after = load_plan()
     assert before.claims_key() != after.claims_key()
     assert before.texts_key() == after.texts_key()

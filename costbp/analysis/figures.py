@@ -32,6 +32,7 @@ from costbp.analysis.panels import (
     save,
     wrapped,
 )
+from costbp.analysis.readings.convergence import profiles
 from costbp.analysis.tables import NAMES, SETTING, beyond, interval, leaders, mib, run_folder
 from costbp.config.study import Plan
 from costbp.train.record import STEPS
@@ -328,7 +329,9 @@ def write(plan: Plan, frames: Frames, folder: Path) -> None:
         "curves": curves.assign(majority=curves["task"].map(majority)),
         "trials": _trials(plan),
         "steps": _steps(plan, runs),
-        "profiles": pd.DataFrame(),
+        "profiles": pd.concat(
+            profiles(plan, frames, share=share).assign(target=share) for share in (0.5, 0.75, 0.9)
+        ),
     }
     for figure in REPORT:
         save(figure.draw(plan, found[figure.frame]), folder / figure.name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from costbp.config.study import Plan
@@ -16,6 +18,7 @@ from costbp.train.record import STEPS, Record, read_record
 
 RUNS, CURVES, COSTS = "runs.parquet", "curves.parquet", "costs.parquet"
 CELL = ["model", "task", "method", "budget"]
+SPIKE, WINDOW = 10, 100  # times the median of so many steps
 EVALUATED = ["step", "forward_units", "flops", "seconds", "validation_accuracy", "validation_loss"]
 
 
@@ -24,7 +27,8 @@ class Frames:
     """A study's results.
 
     Attributes:
-        runs: one row a run: cell, seed, family, outcome, optimiser, environment, summary figures.
+        runs: one row a run: cell, seed, family, folder, whether tuned, outcome, optimiser,
+            environment, summary figures, spikes.
         curves: one row an evaluation: cell, seed, step, forward_units, flops, seconds, and
             accuracy and loss on the validation split.
         costs: one row per (model, task, method): figures of one step, counted; its seconds and
@@ -58,6 +62,8 @@ def collect(plan: Plan) -> Frames:
                 {
                     **names,
                     "family": spec.method.family,
+                    "folder": str(folder),
+                    "tuned": plan.choice(cell).tuned,
                     "hash": record.hash,
                     "outcome": record.outcome,
                     "message": record.message,
@@ -65,9 +71,9 @@ def collect(plan: Plan) -> Frames:
                     "finished": record.finished.isoformat(),
                     **record.environment,
                     **record.summary.figures(),
+                    **spikes(steps := pd.read_parquet(folder / STEPS)),
                 }
             )
-            steps = pd.read_parquet(folder / STEPS)
             found = steps.loc[steps["validation_accuracy"].notna(), EVALUATED]
             curves.append(found.assign(**names))
     costs: list[dict[str, Any]] = [
@@ -78,6 +84,21 @@ def collect(plan: Plan) -> Frames:
     known = [curve for curve in curves if len(curve)] or curves[:1]  # a run may have ended before
     table = pd.DataFrame(runs)
     return Frames(table, pd.concat(known, ignore_index=True), _measured(pd.DataFrame(costs), table))
+
+
+def spikes(steps: pd.DataFrame) -> dict[str, float]:
+    """A run's steps whose derivatives (with exact gradients: whose norm) are beyond ``SPIKE`` times the
+    median of the ``WINDOW`` steps before, and the mean logarithm of what the loss of the ten steps after
+    them is over that of the ten before; NaN where there are none."""
+    trained = steps[steps["loss"].notna()]
+    name = "derivative_rms" if trained["derivative_rms"].notna().any() else "gradient_norm"
+    size = trained[name].abs().reset_index(drop=True)
+    before = size.rolling(WINDOW, min_periods=10).median().shift(1)
+    places = np.flatnonzero((size > SPIKE * before).to_numpy())
+    loss = trained["loss"].to_numpy(float)
+    changes = [math.log(loss[i + 1 : i + 11].mean() / loss[i - 10 : i].mean()) for i in places
+               if i + 1 < len(loss) and min(loss[i - 10 : i + 11]) > 0]  # fmt: skip
+    return {"spikes": len(places), "spike_loss": float(np.mean(changes)) if changes else math.nan}
 
 
 def _rate(record: Record) -> float:
@@ -132,38 +153,3 @@ def labelled(plan: Plan, frame: pd.DataFrame) -> pd.DataFrame:
         Model=[models[name].label.split(",")[0] for name in frame["model"]],
         family=[methods[name].family for name in frame["method"]],
     )
-
-
-def at_units(curves: pd.DataFrame, units: float) -> pd.DataFrame:
-    """Validation accuracy of each run at ``units`` forward units, linear between evaluations; a run
-    that was first evaluated later is left out."""
-    rows = []
-    for names, curve in curves.groupby([*CELL, "seed"], sort=False):
-        curve = curve.sort_values("forward_units")
-        inside = curve[curve["forward_units"] <= units]
-        after = curve[curve["forward_units"] > units]
-        if inside.empty:
-            continue
-        accuracy = inside["validation_accuracy"].iloc[-1]
-        if len(after):
-            x0, x1 = inside["forward_units"].iloc[-1], after["forward_units"].iloc[0]
-            y1 = after["validation_accuracy"].iloc[0]
-            accuracy += (y1 - accuracy) * (units - x0) / (x1 - x0)
-        rows.append((*names, accuracy))
-    return pd.DataFrame(rows, columns=[*CELL, "seed", "accuracy"])
-
-
-def first_reach(curve: pd.DataFrame, target: float, column: str) -> float | None:
-    """Where a run's accuracy first reaches ``target``, in ``column``; linear between evaluations.
-
-    None if it never does within its budget: a censored observation.
-    """
-    curve = curve.sort_values("step")
-    x, y = curve[column].to_numpy(float), curve["validation_accuracy"].to_numpy(float)
-    for index in range(len(y)):
-        if y[index] >= target:
-            if index == 0:
-                return float(x[0])
-            share = (target - y[index - 1]) / (y[index] - y[index - 1])
-            return float(x[index - 1] + share * (x[index] - x[index - 1]))
-    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from costbp.config.catalog import Catalog, LocalData, ModelEntry
-from costbp.config.claims import Claims, VariantClaim
+from costbp.config.claims import Claims, Compared
 from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
 from costbp.config.groups import Names, load_groups
@@ -265,10 +265,31 @@ def _check_claims(plan: Plan, file: Path) -> None:
             f", found {', '.join(found) or 'none'}"
         )
     for name, claim in plan.claims.items():
-        if isinstance(claim, VariantClaim):
-            for method in (*claim.baselines, *claim.baselines.values()):
-                if method not in known:
-                    raise UserError(
-                        f"{plan.study.claims}: {name}.baselines: '{method}' is not in "
-                        f"{plan.study.catalog}/methods.yaml; {suggest(method, known)}"
-                    )
+        for kind, key, entry in _named(claim):
+            entries = getattr(plan.catalog, kind)
+            if entry not in entries:
+                raise UserError(
+                    f"{plan.study.claims}: {name}.{key}: '{entry}' is not in "
+                    f"{plan.study.catalog / kind}.yaml; {suggest(entry, entries)}"
+                )
+        bases = getattr(claim, "series", ()) if getattr(claim, "varied", "d") == "d" else ()
+        for models in bases:
+            first, *rest = (plan.catalog.models[model].source for model in models)
+            if any(source != first for source in rest):
+                raise UserError(
+                    f"{plan.study.claims}: {name}.series: {', '.join(models)} must share one source, so "
+                    "that d alone differs"
+                )
+
+
+def _named(claim: Any) -> Iterator[tuple[str, str, str]]:
+    """What a claim names of the catalog: (kind, key of the claim, entry)."""
+    parts = {"": claim, "traced.": getattr(claim, "traced", None)}
+    for prefix, part in parts.items():
+        for kind in ("models", "tasks", "methods"):
+            yield from ((kind, prefix + kind, name) for name in getattr(part, kind, None) or ())
+    for names in getattr(claim, "series", ()):
+        yield from (("models", "series", name) for name in names)
+    if isinstance(claim, Compared):
+        for pair in claim.baselines.items():
+            yield from (("methods", "baselines", name) for name in pair)

@@ -95,6 +95,9 @@ class Study(Strict):
     )
     catalog: Path = Field(Path("config/catalog"), description="Folder of the catalog.")
     claims: Path = Field(Path("config/claims.yaml"), description="Claims to be tested.")
+    trace_claims: bool = Field(
+        True, description="Trace the full-size steps that claims ask for, about a minute."
+    )
     seeds: tuple[int, ...] = Field(min_length=1, description="One run per experiment and seed.")
     experiments: tuple[Block, ...] = Field(min_length=1, description="Products of names.")
     evaluation: Evaluation = Field(description="When runs are scored, and when they diverge.")

@@ -1,6 +1,7 @@
 # From records to what people read. Every step reads tidy tables alone.
 
 TABLES = REPORTS / "tables"
+CLAIMED = traces(PLAN.claims) if PLAN.study.trace_claims else {}
 
 
 rule aggregate:
@@ -91,9 +92,31 @@ rule figures:
         "costbp figures --plan {params.plan} > {log} 2>&1"
 
 
+rule trace_claim:
+    output:
+        RESULTS / "claims" / "{trace}.json",
+    params:
+        plan=RESOLVED,
+        words=lambda wildcards: CLAIMED[f"{wildcards.trace}.json"].words,
+        specs=lambda wildcards: PLAN.trace_key(
+            CLAIMED[f"{wildcards.trace}.json"].model, CLAIMED[f"{wildcards.trace}.json"].methods
+        ),
+    log:
+        LOGS / "trace_claim" / "{trace}.log",
+    threads: 1
+    resources:
+        mem_mb=PLAN.study.resources.mem_mb,
+    message:
+        "tracing for claims: {params.words}"
+    shell:
+        "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan} {params.words} --out {output}"
+        " > {log} 2>&1"
+
+
 rule claims:
     input:
         rules.aggregate.output,
+        [RESULTS / "claims" / name for name in CLAIMED],
     output:
         report(
             multiext(str(REPORTS / "claims"), ".md", ".json"),
