@@ -3,6 +3,7 @@ first, and that every link leads to a run."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from html import unescape
 from pathlib import Path
@@ -30,10 +31,10 @@ ENDS = {"bp_checkpointing": 0.9, "bp_vanilla": 0.91, "fmad_vanilla": 0.6, "fmad_
 SEEDS = (0, 1, 2, 3, 4)
 
 
-@pytest.fixture
-def plan(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    plan = load_plan()
+@pytest.fixture(scope="module")
+def plan():
+    with contextlib.chdir(ROOT):
+        plan = load_plan()
     models = ("minilm_lora", "minilm_head")
     block = Block(models=models, tasks=("trec",), methods=METHODS, budgets=("units_400",))
     study = plan.study.model_copy(update={"experiments": (block,), "seeds": SEEDS})
@@ -90,12 +91,12 @@ def judged(name: str, verdict: str, runs: list[str], **more) -> dict:
     return found | more
 
 
-@pytest.fixture
-def page(plan, tmp_path):
+@pytest.fixture(scope="module")
+def page(plan, tmp_path_factory):
     """Plan, frames and folder of a page, beside a store that holds every run's folder."""
-    paths = plan.study.paths.model_copy(
-        update={"store": tmp_path / "runs", "reports": tmp_path / "reports"}
-    )
+    folder = tmp_path_factory.mktemp("page")
+    paths = {"store": folder / "runs", "reports": folder / "reports"}
+    paths = plan.study.paths.model_copy(update=paths)
     plan = plan.model_copy(update={"study": plan.study.model_copy(update={"paths": paths})})
     frames = built(plan)
     folders = [run_folder(plan, run) for run in frames.runs.itertuples()]

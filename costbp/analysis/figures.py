@@ -258,14 +258,15 @@ def profile(plan: Plan, found: pd.DataFrame) -> Figure:
     other family, stand out."""
     if found.empty:
         return nothing("no target could be set")
-    parts = dict(list(labelled(plan, found).groupby("target", sort=False)))
-    legend = _legend(plan)
+    methods, legend = plan.catalog.methods, _legend(plan)
+    found = found.assign(family=[methods[name].family for name in found["method"]])
+    parts = dict(list(found.groupby("target", sort=False)))
 
     def fill(axis: Any, place: int) -> None:
         rows = list(parts.values())[place]
         most = rows.groupby(["family", "method"], sort=False)["solved"].max()
-        best = {name for _, name in most.groupby("family", sort=False).idxmax()}
-        best = {m for m in best if plan.catalog.methods[m].family != "bp"} | {plan.reference}
+        most = most.drop("bp", errors="ignore").groupby("family", sort=False).idxmax()
+        best = {plan.reference, *(method for _, method in most)}
         for method, part in rows.groupby("method", sort=False):
             look = {"color": GREY, "lw": 0.8, "zorder": 1, "label": OTHERS}
             if method in best:
@@ -276,13 +277,9 @@ def profile(plan: Plan, found: pd.DataFrame) -> Figure:
         axis.xaxis.set_major_formatter(plain)
         axis.set_ylim(0, 103)
 
-    named = {"x": "Forward units over the least", "y": "Problems, %"}
-    return grid(
-        [f"{t:.0%} of the reference's gain" for t in parts],
-        fill,
-        **named,
-        order=[*legend.values(), OTHERS],
-    )
+    titles = [f"{target:.0%} of the reference's gain" for target in parts]
+    x, y = "Forward units over the least", "Problems, %"
+    return grid(titles, fill, x=x, y=y, order=[*legend.values(), OTHERS])
 
 
 def _trials(plan: Plan) -> pd.DataFrame:

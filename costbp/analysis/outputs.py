@@ -92,7 +92,8 @@ REPORT = (
     Figure(
         "profiles",
         "Performance profiles (Dolan and More 2002): in how many of the problems (a model, task, budget "
-        "and seed) a method reaches the target at no more than so many times the least forward units.",
+        "and seed) a method reaches the target at no more than so many times the least forward units. "
+        "Methods that never do are not drawn.",
         "profiles",
         "figures.profile",
     ),
