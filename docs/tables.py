@@ -64,8 +64,8 @@ def table_of(model: type[BaseModel]) -> str:
     """A row for each key of a class: what it may hold, its default, what it means."""
     shared = {
         name
-        for base in (Entry, sources.Source, claims.ReferenceClaim.__base__)
-        if issubclass(model, base) and model not in (base, claims.ReferenceClaim)
+        for base in (Entry, sources.Source, claims.Stated, claims.Compared)
+        if issubclass(model, base) and model is not base
         for name, field in base.model_fields.items()
         if model.model_fields[name].default == field.default
     }

@@ -66,6 +66,7 @@ def smaller(study: Path, budget: dict[str, Any]) -> dict[str, Any]:
         "tuning": {"file": "absent.yaml", "first": False},
         "resources": {"gpu": 0, "methods_per_job": 8},
         "device": "cpu",
+        "trace_claims": False,
     }
     if "experiments" in given:
         found["experiments"] = [

@@ -105,6 +105,8 @@ class Arm:
         found = [run["outcome"] for run in self.runs.values()]
         if not found:
             return "missing", f"{self.label} has no runs"
+        if unfit := [outcome for outcome in found if outcome in UNFIT]:
+            return "unfit", f"{self.label}: {unfit[0].replace('_', ' ')}"
         if not all(run.get("tuned", False) for run in self.runs.values()):
             return "untuned", f"{self.label} is not tuned"
         if "diverged" in found:
@@ -112,8 +114,6 @@ class Arm:
                 "diverged",
                 f"{self.label} diverged in {found.count('diverged')} of {len(found)} seeds",
             )
-        if unfit := [outcome for outcome in found if outcome in UNFIT]:
-            return "unfit", f"{self.label}: {unfit[0].replace('_', ' ')}"
         if len(self.seeds) < min(SEEDS, len(self.planned)):
             kind: Kind = "failed" if "failed" in found else "missing"
             return kind, f"{self.label} has {len(self.seeds)} of {len(self.planned)} runs ({kind})"

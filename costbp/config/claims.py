@@ -36,7 +36,9 @@ class Traced(Strict):
         return f"{model}-{self.batch}x{self.seq}-{'+'.join(self.methods)}.json"
 
 
-class _Claim(Strict):
+class Stated(Strict):
+    """What every claim has."""
+
     title: str = Field(description="Name in tables.")
     statement: str = Field(description="What is claimed, in one sentence.")
     source: str = Field(description="Who claims it, where.")
@@ -50,7 +52,7 @@ class _Claim(Strict):
     takes: str = Field("", description="What a study needs that has nothing to compare.")
 
 
-class Compared(_Claim):
+class Compared(Stated):
     """Claims that compare methods on the same model, task and budget."""
 
     models: tuple[str, ...] | None = Field(None, description="Only on these; default: all.")
@@ -131,7 +133,7 @@ class CostClaim(Compared):
         return self
 
 
-class RankingClaim(_Claim):
+class RankingClaim(Stated):
     """Whether two methods change places between two models."""
 
     reading: Literal["rankings"] = Field(description="How the runs are asked.")
@@ -145,7 +147,7 @@ class SpikeClaim(Compared):
     reading: Literal["spikes"] = Field(description="How the runs are asked.")
 
 
-class LearnsClaim(_Claim):
+class LearnsClaim(Stated):
     """Whether methods rise above where they start."""
 
     reading: Literal["learns"] = Field(description="How the runs are asked.")
@@ -153,7 +155,7 @@ class LearnsClaim(_Claim):
     families: tuple[Family, ...] = Field(("zo",), description="Whose methods are asked.")
 
 
-class LargestClaim(_Claim):
+class LargestClaim(Stated):
     """Which method trains the larger model within a memory."""
 
     reading: Literal["largest_model"] = Field(description="How the records are asked.")
@@ -170,7 +172,7 @@ class LargestClaim(_Claim):
         return memories
 
 
-class AbsentClaim(_Claim):
+class AbsentClaim(Stated):
     """A claim that no run of this project tests."""
 
     reading: Literal["none"] = Field(description="Not here.")

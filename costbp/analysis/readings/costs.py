@@ -66,8 +66,12 @@ def step_cost(evidence: Evidence, claim: CostClaim) -> Finding:
         for pair in evidence.asked(rows, claim):
             labels = [plan.catalog.methods[name].label for name in pair]
             name = f"{labels[1]} over {labels[0]}, {place}"
-            if (model, task) in evidence.plain and evidence.reference in pair:
+            why = ""
+            if plan.catalog.models[model].reads == "features":
+                why = "only a head runs there"
+            elif (model, task) in evidence.plain and evidence.reference in pair:
                 why = f"{plan.catalog.methods[evidence.reference].label} recomputes nothing there"
+            if why:
                 finding.left_out.append(LeftOut(name, "plain", why))
                 continue
             ratio = needed(rows[pair[1]], claim.measure) / needed(rows[pair[0]], claim.measure)
