@@ -215,6 +215,14 @@ def test_the_page_says_the_outcome_first_and_what_is_missing(page):
     assert 'id="accuracy_units"' in text and 'id="tuning"' not in text
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(28.0, 32.25, "28 to 32.25 x"), (8.0, None, "at least 8 x"), (None, 0.0, "at most 0 x"), (None, None, "")],
+)  # fmt: skip
+def test_intervals_in_words(low, high, words):
+    assert report.bounds({"low": low, "high": high, "unit": "x"}) == words
+
+
 def test_mixed_and_changed_commits_are_said(plan):
     frames = built(plan)
     frames.runs.loc[:9, "commit"] = "def+"

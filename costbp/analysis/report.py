@@ -114,11 +114,15 @@ def warnings(frames: Frames) -> list[str]:
 
 def bounds(claim: Mapping[str, Any]) -> str:
     """A claim's interval in words; nothing where it has none."""
-    low, high = (claim[name] for name in ("low", "high"))
-    if low is None and high is None:
-        return ""
-    low, high = ("?" if value is None else f"{value:.4g}" for value in (low, high))
-    return f"{low} to {high} {claim['unit']}".strip()
+    low, high = (None if claim[name] is None else f"{claim[name]:.4g}" for name in ("low", "high"))
+    ends = (
+        " to ".join([low, high])
+        if low and high
+        else f"at least {low}"
+        if low
+        else f"at most {high}"
+    )
+    return f"{ends} {claim['unit']}" if low or high else ""
 
 
 def with_links(plan: Plan, claims: Claims) -> Claims:
