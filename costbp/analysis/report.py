@@ -114,15 +114,10 @@ def warnings(frames: Frames) -> list[str]:
 
 def bounds(claim: Mapping[str, Any]) -> str:
     """A claim's interval in words; nothing where it has none."""
-    low, high = (None if claim[name] is None else f"{claim[name]:.4g}" for name in ("low", "high"))
-    ends = (
-        " to ".join([low, high])
-        if low and high
-        else f"at least {low}"
-        if low
-        else f"at most {high}"
-    )
-    return f"{ends} {claim['unit']}" if low or high else ""
+    named = {"at least": claim["low"], "at most": claim["high"]}
+    ends = {words: f"{end:.4g}" for words, end in named.items() if end is not None}
+    text = " to ".join(ends.values()) if len(ends) == 2 else " ".join(sum(ends.items(), ()))
+    return f"{text} {claim['unit']}" if ends else ""
 
 
 def with_links(plan: Plan, claims: Claims) -> Claims:
