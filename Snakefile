@@ -42,19 +42,6 @@ HEADS = [model for model, _ in PAIRS if PLAN.catalog.models[model].reads == "fea
 ENCODERS = [model for model, _ in PAIRS if model not in HEADS]
 TEXTS = PLAN.texts_key()  # words of the report: a change redraws it, and runs nothing else
 
-
-def first_trials(model, task, **job):
-    """What a job waits for in a study that tunes first: trials of its pair, methods and budget."""
-    methods, budget = job.get("methods"), job.get("budget")
-    return [
-        PLAN.trials_file(cell)
-        for cell in (CELLS if PLAN.study.tuning.first else ())
-        if cell[:2] == (model, task)
-        and (methods is None or cell.method in methods.split("+"))
-        and budget in (None, cell.budget)
-    ]
-
-
 # Rules call the `costbp` that belongs to this interpreter, whatever PATH says, on every node.
 # Waiting threads that spin would make small models 10-20x slower on a busy machine.
 shell.prefix(

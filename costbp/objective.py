@@ -23,6 +23,12 @@ Batch = Mapping[str, Tensor]
 Loss = Callable[[Tensor, Batch], Tensor]
 
 
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """Examples ``start`` to ``stop`` of a batch; one that is no plain mapping cuts itself."""
+    own = getattr(batch, "cut", None)
+    return own(start, stop) if own else {name: rows[start:stop] for name, rows in batch.items()}
+
+
 @dataclass(frozen=True)
 class Key:
     """Names one draw of randomness: (seed, step, path). Equal keys give equal draws."""
@@ -158,8 +164,13 @@ class Objective:
 
     def value(self, batch: Batch) -> Tensor:
         """Loss [] of the module as it stands."""
+        return self.loss(self.output(batch), batch)
+
+    def output(self, batch: Batch) -> Tensor:
+        """What the module puts out as it stands."""
         self._seed()
-        return self.loss(self.module(batch), batch)
+        output: Tensor = self.module(batch)
+        return output
 
     def at(self, theta: Tensor, batch: Batch) -> Tensor:
         """Loss [] at ``theta`` [d]: the pure function that ``jvp`` and ``vmap`` want."""

@@ -156,6 +156,11 @@ class _Flat(dict[str, Tensor]):
         self.leaves, self.structure = tree_flatten(batch)
         super().__init__({str(i): v for i, v in enumerate(self.leaves) if isinstance(v, Tensor)})
 
+    def cut(self, start: int, stop: int) -> _Flat:
+        """Rows of every tensor, as a batch of the same structure."""
+        cut = [v[start:stop] if isinstance(v, Tensor) else v for v in self.leaves]
+        return _Flat(tree_unflatten(cut, self.structure))
+
 
 class _Called(nn.Module):
     """A module and its loss as a module that is called with a flat batch; returns the loss []."""

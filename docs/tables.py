@@ -23,6 +23,7 @@ from costbp.config import (
     load_plan,
     methods,
     optimizer,
+    parts,
     sources,
     study,
     tuning,
@@ -38,6 +39,7 @@ MODULES: tuple[ModuleType, ...] = (
     costs,
     methods,
     optimizer,
+    parts,
     sources,
     study,
     tuning,
@@ -143,6 +145,8 @@ def _parts(entry: MethodEntry) -> Iterator[str]:
     elif isinstance(spec, ProjectedSpec):
         yield spec.oracle.kind + _settings(spec.oracle)
         yield f"{spec.directions.kind}{_settings(spec.directions)}, K = {spec.directions.count}"
+        if spec.groups != 1:
+            yield "for each example" if spec.groups == "examples" else f"{spec.groups} groups"
         if spec.scale != "unbiased":
             yield f"scale `{spec.scale}`"
     else:

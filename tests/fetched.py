@@ -23,8 +23,8 @@ from datasets import (
 from PIL import Image as Pictures
 
 from costbp.assets.fetch import RECORD, WANTED
-from costbp.config.catalog import AssetEntry, HubData
-from costbp.config.study import Fetchable, Plan
+from costbp.config.catalog import AssetEntry, Fetchable, HubData
+from costbp.config.study import Plan
 from costbp.files import sha256
 from costbp.tasks import easy_vqa, trec
 from tests.fetched_models import efficientnet, minilm, repository, smollm2_gguf

@@ -19,7 +19,7 @@ START, FINAL, PACE = 0.4, 0.7, 150.0  # accuracy at the start, at the end; units
 MAJORITY = 0.23
 D = {
     "minilm_words": 1_536,
-    "minilm_words_r8": 12_288,
+    "minilm_words_r32": 49_152,
     "minilm_random": 3_846,
     "minilm_block": 1_775_000,
 }
@@ -52,7 +52,7 @@ def study(plan: Plan, scale: str = "full") -> Plan:
     cells = [
         ("minilm_words", "trec", MANY),
         ("minilm_words", "movie_reviews", FOUR),
-        ("minilm_words_r8", "trec", FOUR),
+        ("minilm_words_r32", "trec", FOUR),
         ("minilm_random", "trec", FOUR),
         ("minilm_block", "trec", SIX),
     ]

@@ -67,13 +67,15 @@ def edit(path: Path, old: str, new: str) -> None:
         ("claims.yaml", "at_most: 1.5", "at_mots: 1.5", ["unknown key 'memory.at_mots'", "did you mean 'at_most'"]),
         ("claims.yaml", "reading: accuracy_gap", "reading: accuracy_gap\n  at_most: 2", ["unknown key 'accuracy.at_most'"]),
         ("claims.yaml", "at_least: 0.8\n  at_most: 1.25", "", ["flops_order", "'at_least', 'at_most', or both"]),
-        ("claims.yaml", "[[minilm_words, minilm_words_r8]]", "[[minilm_words]]", ["scale.series[0]", "at least 2"]),
-        ("claims.yaml", "[[minilm_words, minilm_words_r8]]", "[[minilm_words, minilm_wrds]]", ["scale.series: 'minilm_wrds'", "did you mean 'minilm_words'"]),
-        ("claims.yaml", "[[minilm_words, minilm_words_r8]]", "[[minilm_words, bert_base]]", ["scale.series: minilm_words, bert_base must share one source"]),
-        ("claims.yaml", "reading: to_target", "reading: to_target\n  series: [[minilm_words, minilm_words_r8]]", ["convergence", "'slowdown_over_d'"]),
+        ("claims.yaml", "[[minilm_words, minilm_words_r32]]", "[[minilm_words]]", ["scale.series[0]", "at least 2"]),
+        ("claims.yaml", "[[minilm_words, minilm_words_r32]]", "[[minilm_words, minilm_wrds]]", ["scale.series: 'minilm_wrds'", "did you mean 'minilm_words'"]),
+        ("claims.yaml", "[[minilm_words, minilm_words_r32]]", "[[minilm_words, bert_base]]", ["scale.series: minilm_words, bert_base must share one source"]),
+        ("claims.yaml", "reading: to_target", "reading: to_target\n  series: [[minilm_words, minilm_words_r32]]", ["convergence", "'slowdown_over_d'"]),
         ("claims.yaml", "units: [points, percent]", "units: [point]", ["accuracy.magnitude.units[0] = 'point'", "did you mean 'points'"]),
         ("claims.yaml", "targets: [0.25]", "targets: [1.25]", ["effective_rank.targets[0] = 1.25"]),
         ("claims.yaml", "[1GB, 2GB", "[1XB, 2GB", ["on_device.memories", "with a unit"]),
+        ("claims.yaml", "at_least: 0.8\n", "at_least: 1.8\n", ["flops_order", "at_least = 1.8 is above at_most = 1.25"]),
+        ("claims.yaml", "[roberta_base, llama_3_1_8b]", "[minilm_words, llama_3_1_8b]", ["traced.models: 'minilm_words' can't be traced"]),
         ("claims.yaml", "[roberta_base, llama_3_1_8b]", "[roberta_bas, llama_3_1_8b]", ["traced.models: 'roberta_bas'", "did you mean 'roberta_base'"]),
         ("claims.yaml", "fmad_accumulate: fmad_vanilla", "fmad_accumulate: fmad_vanila", ["variance_reduction.baselines", "did you mean 'fmad_vanilla'"]),
     ],
@@ -305,7 +307,7 @@ def test_groups_of_one_name_are_listed_by_kind(workdir):
     with Path("config/catalog/groups.yaml").open("a") as stream:
         stream.write("\nmodels:\n  study: [minilm_lora]\n")
     listed = json.loads(CliRunner().invoke(app, ["list", "groups", "--json"]).stdout)
-    assert set(listed) == {"methods.study", "models.study"}
+    assert set(listed) == {"methods.study", "methods.beyond", "models.study"}
     assert listed["models.study"]["members"] == "minilm_lora"
 
 

@@ -382,3 +382,13 @@ def test_one_factor_of_low_rank_directions_is_kept():
     assert int(rank(stack(3, 4))) == 4  # another V
     beside = torch.cat([stack(0).T, stack(1).T])
     assert int(rank(beside)) == 4  # U is fresh at every step
+
+
+def test_low_rank_says_where_it_is_plain_zeroth_order():
+    """LoRA of rank 1 has factors with a side of 1: nothing of rank 2 is left to draw."""
+    adapters, block = linear_objective((1, 6), (5, 1), (4,)), linear_objective((1, 6), (5, 3))
+    assert "all directions are Gaussian" in LowRank(2).caution(adapters)
+    same = [source.draw(adapters, Key(3, 1), 2).dense for source in (LowRank(2), Gaussian())]
+    assert torch.equal(*same)
+    assert LowRank(2).caution(block) == "" == Gaussian().caution(adapters)
+    assert LowRank(3).caution(block)

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from costbp.config import load_plan
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.hessian_informed import HessianInformed
 from costbp.estimators.oracles import Central
+from costbp.estimators.projected import Projected
 from costbp.objective import Key, Objective
+from tests.conftest import ROOT
 
 HESSIAN = torch.tensor([0.2, 0.5, 1.0, 2.0, 5.0, 10.0], dtype=torch.float64)
 
@@ -110,3 +113,25 @@ def test_a_non_finite_slope_is_dropped_and_teaches_nothing():
     estimate = estimator.estimate(objective, [{}], Key(7, 1))
     assert estimate.figures[3] == 1 and not estimate.gradient.any()
     assert torch.equal(estimator.inverse, learnt)
+
+
+def test_at_the_authors_smoothing_it_is_plain_zeroth_order_for_a_thousand_steps():
+    """At a thousand times the share of the newest curvature, what is learnt is mostly the curvature
+    along the last directions, and shrinks every step."""
+    plain, close, far = (quadratic() for _ in range(3))
+    smoothing = load_plan(base=ROOT / "config/config.yaml").catalog.methods["hizoo"].estimator
+    methods = {
+        plain: Projected(Central(1e-2), Gaussian()),
+        close: HessianInformed(Central(1e-2), smoothing.smoothing),
+        far: HessianInformed(Central(1e-2), smoothing=1e-3),
+    }
+    start = plain.theta.clone()
+    for step in range(1000):
+        for objective, estimator in methods.items():
+            gradient = estimator.estimate(objective, [{}], Key(7, step)).gradient
+            objective.theta.add_(gradient, alpha=-2e-3)
+    assert torch.allclose(methods[close].inverse, torch.ones(6).double(), atol=2e-4)
+    moved = float((plain.theta - start).norm())
+    assert float((close.theta - plain.theta).norm()) < 1e-3 * moved
+    assert float((far.theta - plain.theta).norm()) > 0.1 * moved
+    assert float(methods[far].inverse.max()) > 2

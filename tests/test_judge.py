@@ -153,12 +153,12 @@ def test_a_gap_of_noise_is_never_verified(plan):
 
 
 def test_scale_is_the_slope_of_one_thing(plan):
-    truth = others(Truth({"minilm_words_r8": 0.55}), plan)
+    truth = others(Truth({"minilm_words_r32": 0.55}), plan)
     claim = found(only(plan, "scale"), simulate(plan, truth))["scale"]
     assert claim["direction"] == "for"
-    tenfold = 15 / np.log10(12_288 / 1_536)
+    tenfold = 15 / np.log10(49_152 / 1_536)
     assert claim["value"] == pytest.approx(tenfold, abs=2)
-    assert {row["model"] for row in claim["rows"]} == {"minilm_words to minilm_words_r8"}
+    assert {row["model"] for row in claim["rows"]} == {"minilm_words to minilm_words_r32"}
 
 
 @pytest.mark.parametrize(("factor", "direction"), [(1.1, "for"), (8, "against")])
@@ -168,11 +168,11 @@ def test_the_exponent_of_d(plan, factor, direction):
     small, large = (
         simulate(plan, others(Truth(pace=150 * k), plan), noise=0.003) for k in (1.5, 1.5 * factor)
     )
-    late = [f["model"].eq("minilm_words_r8") for f in (small.curves, large.curves)]
+    late = [f["model"].eq("minilm_words_r32") for f in (small.curves, large.curves)]
     curves = pd.concat([small.curves[~late[0]], large.curves[late[1]]])
     claim = found(plan, Frames(small.runs, curves, small.costs))["effective_rank"]
     assert claim["direction"] == direction
-    exponent = np.log(factor) / np.log(12_288 / 1_536)
+    exponent = np.log(factor) / np.log(49_152 / 1_536)
     assert claim["value"] == pytest.approx(1 - exponent, abs=0.15)
 
 

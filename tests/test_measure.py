@@ -48,6 +48,10 @@ UNITS = {  # products of one linear layer whose input needs no gradient, by step
     "zo_adam": {0: 2},
     "lozo": {0: 2 + 2 / 8},  # U V^T of rank 2 once, where the batch has 8 rows
     "hizoo": {0: 3},
+    "zo_per_example": {0: 2},
+    "fmad_per_example": {0: 2},
+    "zo_many": {0: 1 + 32},
+    "zo_nodes": {0: 2 + 1},  # and the weights' gradient
     "fmad_guess": {0: 2 + 2},  # one guess by backpropagation, one derivative along it
 }
 

@@ -47,7 +47,7 @@ from costbp.train.record import STEPS
 from tests.conftest import ROOT, working_copy
 from tests.pretended_gpu import BYTES, Mixed, backend, install
 from tests.small import SIZE
-from tests.test_standins import KINDS, draw_easy_vqa
+from tests.test_standins import BY_EXAMPLE, KINDS, draw_easy_vqa
 
 INSIDE = "PRETENDED_GPU" in os.environ
 CPU = torch.device("cpu")
@@ -138,6 +138,8 @@ def test_every_method_takes_the_steps_that_it_takes_on_the_cpu(family):
     here, there = (moved(family, device) for device in (CPU, GPU))
     start = here[0].theta.clone()
     for name, method in methods().items():
+        if family == "qwen2_vl" and name in BY_EXAMPLE:
+            continue  # its batches hold patches of images
         with Plain():
             wanted, _ = three_steps(*here, method)
         found, waits = three_steps(*there, method)

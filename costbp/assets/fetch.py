@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from costbp.assets.hub import from_hub
-from costbp.config.catalog import AssetEntry, HubData
+from costbp.config.catalog import AssetEntry, Fetchable, HubData
 from costbp.config.sources import Repository
-from costbp.config.study import Fetchable
 from costbp.errors import UserError
 from costbp.files import ensure_folder, lock, sha256, write_json
 

@@ -13,9 +13,9 @@ from typing import Annotated, NamedTuple
 import typer
 
 from costbp.cli.app import Config, app, ask_hub, load
-from costbp.config.catalog import AssetEntry
+from costbp.config.catalog import AssetEntry, Fetchable
 from costbp.config.sources import AssetSource
-from costbp.config.study import Fetchable, Plan
+from costbp.config.study import Plan
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
 

@@ -23,11 +23,11 @@ from costbp.cli.app import (
     known,
     load,
 )
-from costbp.config.catalog import Catalog
+from costbp.config.catalog import Catalog, state
 from costbp.config.groups import load_groups
 from costbp.config.load import DEFAULT
 from costbp.config.read import read_yaml
-from costbp.config.study import Plan, state
+from costbp.config.study import Plan
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
 

@@ -258,10 +258,20 @@ class TaskEntry(Entry):
         description="Answer -> what describes it, for models with `head: label_words`; default: the "
         "answer itself.",
     )
+    objective: Literal["cross_entropy", "error_rate"] = Field(
+        "cross_entropy",
+        description="What is trained on; `error_rate`: one minus a batch's accuracy, which only methods "
+        "of differences can.",
+    )
     scoring: Literal["likelihood", "generation"] = Field(
         "likelihood",
         description="How a language model chooses an answer: the likeliest, or written.",
     )
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether derivatives of the objective say anything."""
+        return self.objective == "cross_entropy"
 
     @property
     def asset(self) -> str | None:
@@ -308,6 +318,14 @@ class AssetEntry(Entry):
     members: dict[str, str] = Field(
         min_length=1, description="Path in the wheel (with a slash: all below it) -> in the folder."
     )
+
+
+Fetchable = AssetEntry | Repository | HubData
+
+
+def state(what: Fetchable) -> str:
+    """Checksum of a carrier, or revision of a repository."""
+    return what.sha256 if isinstance(what, AssetEntry) else what.revision
 
 
 class Catalog(Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -130,6 +131,8 @@ class CostClaim(Compared):
     def _a_bound(self) -> CostClaim:
         if self.at_least is None and self.at_most is None:
             raise ValueError("set 'at_least', 'at_most', or both")
+        if (self.at_least or 0.0) > (self.at_most or math.inf):
+            raise ValueError(f"at_least = {self.at_least:g} is above at_most = {self.at_most:g}")
         return self
 
 

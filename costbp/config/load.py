@@ -147,6 +147,7 @@ def load_plan(
         claims=validate(Claims, claims, [(study.claims, claims)]),
     )
     _check_tuning(plan, blame(sources, ("tuning",)))
+    _check_objectives(plan, blame(sources, ("experiments",)))
     _check_claims(plan, blame(sources, ("experiments",)))
     return plan
 
@@ -254,6 +255,19 @@ def _check_tuning(plan: Plan, file: Path) -> None:
             )
 
 
+def _check_objectives(plan: Plan, file: Path) -> None:
+    """No method differentiates what is piecewise constant."""
+    for cell in plan.cells():
+        task, method = plan.catalog.tasks[cell.task], plan.catalog.methods[cell.method]
+        if not task.differentiable and method.differentiates:
+            raise UserError(
+                f"{file}: experiments: method '{cell.method}' can't be trained on task '{cell.task}': "
+                f"the derivative of its objective {task.objective} is zero almost everywhere; use "
+                "methods of differences there, and this one on a task of the same data with objective "
+                "cross_entropy"
+            )
+
+
 def _check_claims(plan: Plan, file: Path) -> None:
     """The study has the one reference that claims need, and the catalog the methods they name."""
     known = plan.catalog.methods
@@ -272,6 +286,9 @@ def _check_claims(plan: Plan, file: Path) -> None:
                     f"{plan.study.claims}: {name}.{key}: '{entry}' is not in "
                     f"{plan.study.catalog / kind}.yaml; {suggest(entry, entries)}"
                 )
+        for model in getattr(getattr(claim, "traced", None), "models", ()):
+            if why := _not_traced(plan.catalog.models[model]):
+                raise UserError(f"{plan.study.claims}: {name}.traced.models: '{model}' {why}")
         bases = getattr(claim, "series", ()) if getattr(claim, "varied", "d") == "d" else ()
         for models in bases:
             first, *rest = (plan.catalog.models[model].source for model in models)

@@ -7,19 +7,25 @@ parts themselves (`costbp/estimators`) give formulas and sources.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from costbp.config.entries import Entry, PythonFile, Strict
 from costbp.config.optimizer import Name, OptimizerSpec
+from costbp.config.parts import (
+    EPS,
+    AnyDirections,
+    AnyOracle,
+    CalibratedDirections,
+    ExactOracle,
+    PlainDirections,
+)
 from costbp.config.shares import RULE_OF_THUMB, Shares
 
 if TYPE_CHECKING:
     from costbp.estimators.base import Estimator
-    from costbp.estimators.directions import Source
     from costbp.estimators.memory_plans import MemoryPlan
-    from costbp.estimators.oracles import Central, Exact, OneSided
 
 Family = Literal["bp", "fmad", "zo"]
 
@@ -62,162 +68,6 @@ class BackpropSpec(Strict):
         return Backprop(plan)
 
 
-# --- oracles ---------------------------------------------------------------------------------
-
-
-class ExactOracle(Strict):
-    """Exact directional derivative by forward-mode AD."""
-
-    kind: Literal["exact"]
-    chunk: int | None = Field(
-        None, ge=1, description="Directions carried at a time; default: all at once."
-    )
-
-    def closed_form(self, count: int, shares: Shares) -> float:
-        """K tangents, and one primal for each chunk of them."""
-        return count * shares.live + -(-count // (self.chunk or count))
-
-    def build(self) -> Exact:
-        from costbp.estimators.oracles import Exact
-
-        return Exact(self.chunk)
-
-
-Batched = Literal["auto", "always", "never"]
-EPS: Any = Field(
-    None,
-    gt=0,
-    description="Step of the difference. Default: 0.001 where a probe before the first step finds it "
-    "right, else what the probe finds best; where rounding of a base in half precision drowns every "
-    "step, losses are computed in float32. The probe's forwards are recorded, not charged.",
-)
-BATCHED: Any = Field(
-    "auto",
-    description="Run the K perturbed parameter sets as one forward. `auto`: where K > 1 and the "
-    "batch has at most 64 tokens (examples, where the input is features).",
-)
-
-
-class CentralOracle(Strict):
-    """Central difference of two losses, `(f(theta + eps z) - f(theta - eps z)) / (2 eps)`."""
-
-    kind: Literal["central"]
-    eps: float | None = EPS
-    batched: Batched = BATCHED
-
-    def closed_form(self, count: int, shares: Shares) -> float:
-        """Two forwards for each direction."""
-        return 2.0 * count
-
-    def build(self) -> Central:
-        from costbp.estimators.oracles import Central
-
-        return Central(self.eps, self.batched)
-
-
-class OneSidedOracle(Strict):
-    """Forward difference, `(f(theta + eps z) - f(theta)) / eps`, one base loss for all K."""
-
-    kind: Literal["one_sided"]
-    eps: float | None = EPS
-    batched: Batched = BATCHED
-
-    def closed_form(self, count: int, shares: Shares) -> float:
-        """One forward for each direction, and one at theta."""
-        return 1.0 + count
-
-    def build(self) -> OneSided:
-        from costbp.estimators.oracles import OneSided
-
-        return OneSided(self.eps, self.batched)
-
-
-AnyOracle = Annotated[ExactOracle | CentralOracle | OneSidedOracle, Field(discriminator="kind")]
-
-
-# --- directions --------------------------------------------------------------------------------
-
-
-class Drawn(Strict):
-    """What all kinds of directions have."""
-
-    count: int = Field(1, ge=1, description="Directions K per estimate.")
-
-    def probing(self, oracle: AnyOracle, shares: Shares) -> float:
-        """Units a step, on average, of derivatives measured beside those of the estimate."""
-        return 0.0
-
-
-class PlainDirections(Drawn):
-    """Directions that need no setting of their own."""
-
-    kind: Literal["gaussian", "rademacher", "sphere", "orthogonal", "coordinate"] = "gaussian"
-
-    def build(self) -> Source:
-        from costbp.estimators.directions import PLAIN
-
-        return PLAIN[self.kind]()
-
-
-class SparseDirections(Drawn):
-    """Gaussian on the largest entries of each trainable tensor, zero elsewhere."""
-
-    kind: Literal["sparse"]
-    fraction: float = Field(gt=0, le=1, description="Share of entries kept in each tensor.")
-    refresh: int = Field(ge=1, description="Steps after which the entries are chosen anew.")
-
-    def build(self) -> Source:
-        from costbp.estimators.directions import Sparse
-
-        return Sparse(self.fraction, self.refresh)
-
-
-class LowRankDirections(Drawn):
-    """Low-rank on every matrix."""
-
-    kind: Literal["low_rank"]
-    rank: int = Field(ge=1, description="Rank of a matrix's direction.")
-    refresh: int = Field(1, ge=1, description="Steps for which one factor is kept.")
-
-    def build(self) -> Source:
-        from costbp.estimators.directions import LowRank
-
-        return LowRank(self.rank, self.refresh)
-
-
-class CalibratedDirections(Drawn):
-    """Gaussian, scaled or chosen by probing groups of tensors."""
-
-    kind: Literal["calibrated"]
-    candidates: int = Field(4, ge=1, description="Directions probed for each group.")
-    group: int = Field(2, ge=1, description="Consecutive trainable tensors in a group.")
-    every: int | None = Field(
-        ge=1, description="Steps between calibrations; null: at the first step only."
-    )
-    use: Literal["scale", "largest", "smallest"] = Field(
-        "scale",
-        description="`scale` sets each group's scale until the next calibration; `largest` and "
-        "`smallest` take the candidate of that derivative in the calibrating step.",
-    )
-
-    def probing(self, oracle: AnyOracle, shares: Shares) -> float:
-        if self.every is None:
-            return 0.0
-        groups = -(-shares.tensors // self.group)
-        return groups * oracle.closed_form(self.candidates, shares) / self.every
-
-    def build(self) -> Source:
-        from costbp.estimators.calibrated import Calibrated
-
-        return Calibrated(self.candidates, self.group, self.every, self.use)
-
-
-AnyDirections = Annotated[
-    PlainDirections | SparseDirections | LowRankDirections | CalibratedDirections,
-    Field(discriminator="kind"),
-]
-
-
 # --- estimators --------------------------------------------------------------------------------
 
 
@@ -233,13 +83,18 @@ class ProjectedSpec(Strict):
         "multiplies by eps, as the study's ZO code does.",
     )
     clip: float | None = Field(None, gt=0, description="Largest absolute derivative used.")
+    groups: Annotated[int, Field(ge=1)] | Literal["examples"] = Field(
+        1,
+        description="Parts of a batch, each with `count` directions of its own at the forwards of one; "
+        "`examples`: as many as there are examples.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ProjectedSpec:
         if self.scale == "legacy" and isinstance(self.oracle, ExactOracle):
             raise ValueError("scale 'legacy' multiplies by eps, which oracle 'exact' has not")
-        if self.scale == "spread" and self.directions.count < 2:
-            raise ValueError("scale 'spread' needs directions.count >= 2")
+        if self.scale == "spread" and self.directions.count < 2 and self.groups == 1:
+            raise ValueError("scale 'spread' needs directions.count >= 2, or groups")
         return self
 
     def closed_form(self, shares: Shares) -> float:
@@ -251,7 +106,8 @@ class ProjectedSpec(Strict):
         from costbp.estimators.projected import Projected
 
         source, count = self.directions.build(), self.directions.count
-        return Projected(self.oracle.build(), source, count, self.scale, self.clip)
+        oracle = self.oracle.build()
+        return Projected(oracle, source, count, self.scale, self.clip, self.groups)
 
 
 class HessianInformedSpec(Strict):
@@ -259,7 +115,7 @@ class HessianInformedSpec(Strict):
 
     kind: Literal["hessian_informed"]
     eps: float | None = EPS
-    smoothing: float = Field(1e-3, gt=0, le=1, description="Share of the newest curvature.")
+    smoothing: float = Field(1e-8, gt=0, le=1, description="Share of the newest curvature.")
 
     def closed_form(self, shares: Shares) -> float:
         """A central difference, and the loss between its sides."""
@@ -270,6 +126,23 @@ class HessianInformedSpec(Strict):
         from costbp.estimators.oracles import Central
 
         return HessianInformed(Central(self.eps), self.smoothing)
+
+
+class NodePerturbationSpec(Strict):
+    """Differences along moved outputs of the trained linear layers, example by example."""
+
+    kind: Literal["node_perturbation"]
+    eps: float | None = EPS
+
+    def closed_form(self, shares: Shares) -> float:
+        """Two forwards; the products of adapters' gradients are small."""
+        return 2.0
+
+    def build(self) -> Estimator:
+        from costbp.estimators.nodes import NodePerturbation
+        from costbp.estimators.oracles import Central
+
+        return NodePerturbation(Central(self.eps))
 
 
 class LocalGuessSpec(Strict):
@@ -306,7 +179,12 @@ class PythonSpec(PythonFile):
 
 
 AnyEstimator = Annotated[
-    BackpropSpec | ProjectedSpec | HessianInformedSpec | LocalGuessSpec | PythonSpec,
+    BackpropSpec
+    | ProjectedSpec
+    | HessianInformedSpec
+    | NodePerturbationSpec
+    | LocalGuessSpec
+    | PythonSpec,
     Field(discriminator="kind"),
 ]
 
@@ -367,6 +245,12 @@ class MethodEntry(Entry):
                 "directions follow what it measures"
             )
         return self
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it needs a loss with derivatives, as far as its entry tells."""
+        exact = isinstance(getattr(self.estimator, "oracle", None), ExactOracle)
+        return exact or isinstance(self.estimator, BackpropSpec)
 
     def closed_form(self, shares: Shares = RULE_OF_THUMB) -> float | None:
         """Mean forward units of an optimiser step in closed form: the floor that counted FLOPs are

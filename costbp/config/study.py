@@ -10,13 +10,14 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, field_validator
 
 from costbp.config.catalog import (
-    AssetEntry,
     BudgetEntry,
     Catalog,
+    Fetchable,
     HubData,
     LocalData,
     ModelEntry,
     TaskEntry,
+    state,
 )
 from costbp.config.claims import Claims
 from costbp.config.costs import Costs
@@ -24,7 +25,7 @@ from costbp.config.entries import Strict, short_hash
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
 from costbp.config.resources import Paths, Resources
-from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource, Repository
+from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource
 from costbp.config.tuning import Choice, Choices, Setting, Trial, Tuned, Tuning, with_eps
 from costbp.files import digest
 
@@ -152,14 +153,6 @@ class RunSpec(Strict):
     def folder(self, store: Path) -> Path:
         """The run's folder in the store."""
         return store.joinpath(*self.cell, f"seed={self.seed}-{self.hash}")
-
-
-Fetchable = AssetEntry | Repository | HubData
-
-
-def state(what: Fetchable) -> str:
-    """Checksum of a carrier, or revision of a repository."""
-    return what.sha256 if isinstance(what, AssetEntry) else what.revision
 
 
 class Plan(Strict):
@@ -308,7 +301,7 @@ class Plan(Strict):
         """The optimiser of an experiment, and where it comes from. A choice that was made under
         other settings is used, and does not count as tuned. Without a budget: of the first that has
         been tuned."""
-        found = self._tuned(cell)
+        found = self.tuned_at(cell)
         if found is None or found.choice is None:
             return Choice(
                 self.catalog.methods[cell.method].optimizer, None, False, "catalog default"
@@ -320,10 +313,11 @@ class Plan(Strict):
 
     def trials(self, cell: Cell) -> tuple[Trial, ...]:
         """What was tried for an experiment; nothing where it has not been tuned."""
-        found = self._tuned(cell)
+        found = self.tuned_at(cell)
         return () if found is None else found.trials
 
-    def _tuned(self, cell: Cell) -> Tuned | None:
+    def tuned_at(self, cell: Cell) -> Tuned | None:
+        """The choice that has been made for an experiment, with its trials."""
         budgets = self.tuned.get(cell.model, {}).get(cell.task, {}).get(cell.method, {})
         return budgets.get(cell.budget) if cell.budget else next(iter(budgets.values()), None)
 
@@ -341,6 +335,18 @@ class Plan(Strict):
     def trials_file(self, cell: Cell) -> Path:
         """The manifest of an experiment's trials."""
         return self.results.joinpath("trials", *cell[:3], f"{cell.budget}.json")
+
+    def first_trials(
+        self, model: str, task: str, methods: str | None = None, budget: str | None = None
+    ) -> list[Path]:
+        """What a job waits for in a study that tunes first: trials of its pair, methods, budget."""
+        return [
+            self.trials_file(cell)
+            for cell in (self.cells() if self.study.tuning.first else ())
+            if cell[:2] == (model, task)
+            and (methods is None or cell.method in methods.split("+"))
+            and budget in (None, cell.budget)
+        ]
 
     def spec(self, cell: Cell, seed: int) -> RunSpec:
         """The frozen spec of one seed of one experiment."""

@@ -71,16 +71,16 @@ def outlook_lines(plan: Plan, *, tunes: bool = False) -> list[str]:
     tuned choices are those of its settings. Empty where there is nothing to say."""
     lines = []
     tuning, cells = plan.study.tuning, list(plan.cells())
-    if found := _sentence(plan, outlook(plan)):
-        lines.append(f"study '{plan.name}': {found}")
+    if (found := outlook(plan)).runs:
+        lines.append(f"study '{plan.name}': {found.runs} runs{_compute(plan, found)}")
     if tunes or tuning.first:
         words = f"{len(cells) * tuning.trials:,} trials of {len(cells)} experiments"
         for unit in ("forward units", "steps"):
             budgets = [plan.catalog.budgets[cell.budget] for cell in cells]
             if amount := sum(b.amount for b in budgets if b.unit == unit):
                 words += f", at most {tuning.total * amount:,.0f} {unit}"
-        flops = _sentence(plan, outlook(plan, trials=True))
-        lines.append(f"tuning '{plan.name}': {words}{flops and f'; of these {flops}'}")
+        found = outlook(plan, trials=True)
+        lines.append(f"tuning '{plan.name}': {words}{_compute(plan, found) if found.runs else ''}")
     aged = sum("other settings" in plan.choice(cell).source for cell in cells)
     if aged:
         lines.append(
@@ -90,12 +90,10 @@ def outlook_lines(plan: Plan, *, tunes: bool = False) -> list[str]:
     return lines
 
 
-def _sentence(plan: Plan, found: Outlook) -> str:
-    if not found.runs:
-        return ""
+def _compute(plan: Plan, found: Outlook) -> str:
     tflops = plan.study.resources.tflops
     text = (
-        f"{found.runs} runs, {found.flops / 1e18:.3g} EFLOP of training, about "
-        f"{found.hours(tflops):,.3g} GPU hours at {tflops:g} TFLOP/s, evaluation not included"
+        f", {found.flops / 1e18:.3g} EFLOP of training, about {found.hours(tflops):,.3g} GPU hours at "
+        f"{tflops:g} TFLOP/s, evaluation not included"
     )
     return text + (f"; {', '.join(found.unknown)} not counted" if found.unknown else "")

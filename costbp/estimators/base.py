@@ -72,6 +72,7 @@ class Difference(ABC):
 
 
 STEP = 1e-3  # of a difference in float32 (MeZO, arXiv 2305.17333)
+COARSE = 0.1  # of one of a piecewise constant loss, which must change some answers
 
 
 class Estimator(ABC):

@@ -62,6 +62,10 @@ class Directions:
     def _dense_row(self, k: int, _: str) -> Tensor:
         return wide(self.dense[k])
 
+    def some(self, first: int, count: int) -> Directions:
+        """``count`` of the directions, from ``first`` on."""
+        return Directions(self.objective, count, lambda k, name: self.part(first + k, name))
+
     def row(self, k: int) -> Tensor:
         """Direction k whole, [d], in float32 or wider: drawn again, or kept where all K are few."""
         dtype = self.objective.theta.dtype
@@ -91,6 +95,10 @@ class Source(ABC):
     def update(self, objective: Objective, key: Key, probe: Probe) -> None:  # noqa: B027
         """Called before the draw of each estimate. ``probe(directions)`` measures derivatives
         [K] along directions, at their full cost."""
+
+    def caution(self, objective: Objective) -> str:
+        """What a reader of a run on this objective should know of the directions; mostly nothing."""
+        return ""
 
     def typical(self, objective: Objective, key: Key, count: int) -> Directions:
         """``count`` directions of the kind that is drawn first, with no derivative measured and
@@ -311,6 +319,15 @@ class LowRank(Source):
             return product.view(-1).div_(math.sqrt(self.rank))
 
         return Directions(objective, count, part)
+
+    def caution(self, objective: Objective) -> str:
+        sides = [min(matrix(shape)) for _, _, shape in objective.slices.values()]
+        if max(sides) > self.rank:
+            return ""
+        return (
+            f"no trained matrix has a smaller side above the directions' rank of {self.rank}, so all "
+            "directions are Gaussian ones: this is plain zeroth order"
+        )
 
 
 def matrix(shape: torch.Size) -> tuple[int, int]:

@@ -3,6 +3,7 @@ oracle."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from costbp.errors import UserError
 from costbp.estimators.base import Difference, Estimate, Estimator
 from costbp.estimators.directions import Directions, Source
 from costbp.estimators.oracles import Oracle
-from costbp.objective import Batch, Key, Objective
+from costbp.objective import Batch, Key, Objective, cut
 
 
 @dataclass
@@ -32,6 +34,9 @@ class Projected(Estimator):
             (the losses' spread over eps), which makes the step size follow it (FZOO, ICLR 2026);
             ``legacy`` multiplies by the difference's step, as the study's ZO code does.
         limit: largest absolute derivative that is used; larger ones are clipped.
+        groups: parts of the batch, each with K directions of its own: the estimate is the mean over
+            parts, at the forwards of one (Flipout, Wen et al. 2018, arXiv 1803.04386; with
+            ``spread``, GRZO, arXiv 2606.02857). What it gains: ``theory/variance.py``.
     """
 
     oracle: Oracle
@@ -39,6 +44,7 @@ class Projected(Estimator):
     count: int = 1
     scale: Literal["unbiased", "spread", "legacy"] = "unbiased"
     limit: float | None = None
+    groups: int | Literal["examples"] = 1
 
     @property
     def difference(self) -> Difference | None:
@@ -59,20 +65,30 @@ class Projected(Estimator):
 
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
         (batch,) = batches
+        parts = split(batch, self.groups)
 
         def probe(directions: Directions) -> Tensor:
             return self.oracle(objective, batch, directions)[1]
 
         with objective.noise(key):
             self.source.update(objective, key, probe)
-            directions = self.source.draw(objective, key, self.count)
-            loss, derivatives = self.oracle(objective, batch, directions)
+        directions = self.source.draw(objective, key, self.count * len(parts))
+        losses, slopes = [], []
+        for index, (share, part) in enumerate(parts):
+            own = directions if len(parts) == 1 else directions.some(index * self.count, self.count)
+            with objective.noise(key if len(parts) == 1 else key.at(index)):
+                loss, slope = self.oracle(objective, part, own)
+            losses.append(loss * share)
+            slopes.append(slope)
+        derivatives = torch.cat(slopes)
         usable = torch.isfinite(derivatives)
         weights = torch.where(usable, derivatives, 0)
         if self.limit is not None:
             weights = weights.clamp(-self.limit, self.limit)
         weights = weights * (self._factor(derivatives, usable) / self.count)
-        return Estimate(directions.combine(weights), loss, derivatives)
+        shared = zip(weights.split(self.count), parts, strict=True)
+        weights = torch.cat([weight * share for weight, (share, _) in shared])
+        return Estimate(directions.combine(weights), torch.stack(losses).sum(), derivatives)
 
     def _factor(self, derivatives: Tensor, usable: Tensor) -> float | Tensor:
         if self.scale == "legacy":
@@ -82,6 +98,26 @@ class Projected(Estimator):
             spread = _deviation(derivatives, usable)
             return torch.where(spread > 0, 1 / spread, 0)
         return 1.0
+
+
+def split(batch: Batch, groups: int | Literal["examples"]) -> list[tuple[float, Batch]]:
+    """A batch in parts of consecutive examples, as equal as can be, each with its share of them.
+
+    Raises:
+        UserError: its tensors don't all hold a row for each example, as the patches of images.
+    """
+    if groups == 1:
+        return [(1.0, batch)]
+    found = {tuple(tensor.shape[:1]) for tensor in batch.values()}
+    if len(found) != 1 or found == {()}:
+        raise UserError(
+            "this batch can't be told apart into examples, since its tensors don't all have a row for "
+            "each (patches of images haven't); use a method that perturbs all examples alike"
+        )
+    rows = found.pop()[0]
+    count = rows if groups == "examples" else min(groups, rows)
+    ends = [rows * i // count for i in range(count + 1)]
+    return [((b - a) / rows, cut(batch, a, b)) for a, b in itertools.pairwise(ends)]
 
 
 def _deviation(values: Tensor, usable: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loss that everything here is trained on."""
+"""The losses that runs are trained on: cross-entropy, or the error rate itself."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(_wide(logits), labels, ignore_index=IGNORED)
 
 
+def error_rate(logits: Tensor, batch: Batch) -> Tensor:
+    """Share [] of wrong classes, or of wrong next tokens, in float32: one minus the accuracy. It is
+    piecewise constant, so only differences see it."""
+    labels = batch["labels"]
+    if logits.ndim == 3:
+        labels, logits = next_tokens(labels), logits.flatten(0, 1)
+    counts = labels != IGNORED
+    return ((logits.argmax(-1) != labels) & counts).sum() / counts.sum()
+
+
 def next_tokens(labels: Tensor) -> Tensor:
     """Each place's next token [n * length]. Labels move and logits don't: a copy of those would be
     the largest tensor of a step."""
@@ -32,6 +42,9 @@ def next_tokens(labels: Tensor) -> Tensor:
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+LOSSES = {"cross_entropy": cross_entropy, "error_rate": error_rate}
 
 
 class ChunkedLoss(nn.Module):

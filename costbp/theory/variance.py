@@ -29,6 +29,18 @@ def relative_error(second_moment: float, count: int) -> float:
     return (second_moment - 1) / count
 
 
+def group_ratio(square: float, spread: float, batch: int, groups: int) -> float:
+    """Error that directions add with K of their own in each of G equal groups of a batch, over what K
+    shared ones add: (B / G |g|^2 + tr S) / (B |g|^2 + tr S), for B independent examples whose gradients
+    have mean g (``square`` = |g|^2) and covariance S (``spread`` = tr S).
+
+    Ours: directions add (S_z - 1) / K of the squared norm of the gradient they meet, S_z being the
+    second moment of an isotropic source, and a mean over n examples has |g|^2 + tr S / n. From 1 / G
+    where examples agree to 1 where they don't.
+    """
+    return (batch / groups * square + spread) / (batch * square + spread)
+
+
 def frame_error(d: int, count: int) -> float:
     """E|g_hat - g|^2 / |g|^2 of ``count`` orthogonal (or distinct coordinate) directions:
     d / K - 1, which is zero at K = d."""

@@ -33,8 +33,10 @@ from costbp.cost.step import (
 from costbp.data.prepare import Prepared
 from costbp.data.stream import BatchStream
 from costbp.device import allocator_peaks, forget_peaks, free, synchronise, to_device
+from costbp.estimators.base import COARSE
+from costbp.estimators.directions import Source
 from costbp.estimators.probe import Probe, settle
-from costbp.models.loss import cross_entropy
+from costbp.models.loss import LOSSES
 from costbp.models.weights import load_tokenizer
 from costbp.objective import Batch, Key, Objective
 from costbp.tasks.base import load_task
@@ -109,8 +111,10 @@ class Run:
     ) -> None:
         self.spec, self.data, self.device = spec, data, device
         self.module = module.to(device)
-        self.objective = Objective(self.module, cross_entropy)
+        self.objective = Objective(self.module, LOSSES[spec.task.objective])
         self.estimator = spec.method.build()
+        if self.estimator.difference is not None and not spec.task.differentiable:
+            self.estimator.difference.eps = self.estimator.difference.eps or COARSE
         self.optimizer = spec.optimizer.build(self.objective.theta)
         self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
         self.state = State()
@@ -122,6 +126,7 @@ class Run:
             spec.evaluation.batch_size,
             device,
             partial(load_tokenizer, spec.model, assets),
+            self.objective.loss,
         )
 
     # --- state ---------------------------------------------------------------------------------
@@ -231,12 +236,12 @@ class Run:
             if state.evaluated == len(points) - 1:
                 self._evaluate()
             state.evaluated += 1
-        return "completed", ""
+        return "completed", self._caution()
 
     def _settle(self) -> None:
         """Before the first step: how the method takes its differences, if it takes any."""
         state, device = self.state, self.device
-        if state.step or state.probe is not None:
+        if state.step or state.probe is not None or not self.spec.task.differentiable:
             return
         start = time.perf_counter()
         probe = settle(self.objective, self.estimator, self.batches()[0], Key(self.spec.seed, 0))
@@ -252,6 +257,11 @@ class Run:
                 )
         synchronise(device)
         state.evaluation_seconds += time.perf_counter() - start
+
+    def _caution(self) -> str:
+        """What the method's directions are on this model, where that isn't what its name says."""
+        source: Source | None = getattr(self.estimator.per_batch, "source", None)
+        return source.caution(self.objective) if source is not None else ""
 
     def _log(self, loss: float, norm: float, size: float) -> None:
         state = self.state
@@ -274,7 +284,8 @@ class Run:
         if state.first_loss is None or state.smooth_loss is None:
             state.first_loss = state.smooth_loss = loss
         state.smooth_loss = SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * loss
-        if state.smooth_loss > limit * max(state.first_loss, 1e-3):
+        least = 1e-3 if self.spec.task.differentiable else 1.0  # an error rate may start at 0
+        if state.smooth_loss > limit * max(state.first_loss, least):
             return f"training loss above {limit:g} times its start at step {state.step}"
         return ""
 
@@ -347,6 +358,7 @@ class Run:
         resident = self.resident()
         weights = resident.pop("weights")
         probe = Probe(**state.probe) if state.probe is not None else None
+        difference = self.estimator.difference
         return Summary(
             test_accuracy=tested.accuracy if tested else None,
             test_loss=_finite(tested.loss) if tested else None,
@@ -369,7 +381,7 @@ class Run:
             resumed=state.resumed,
             non_finite=state.non_finite,
             learning_rate=self.spec.optimizer.rate(self.objective.d),
-            eps=probe.eps if probe else None,
+            eps=difference.step if difference else None,
             float32=probe is not None and probe.float32,
             difference_snr=probe.snr if probe else None,
             difference_cosine=probe.cosine if probe else None,

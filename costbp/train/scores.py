@@ -14,6 +14,7 @@ from costbp.data.prepare import Prepared
 from costbp.device import to_device
 from costbp.models.loss import cross_entropy
 from costbp.models.tokenizer import Tokenizer
+from costbp.objective import Loss
 from costbp.tasks.base import Task
 
 Scoring = Literal["likelihood", "generation"]
@@ -42,6 +43,7 @@ class Scorer:
 
     Attributes:
         words: gives the model's tokenizer, which only written answers need.
+        objective: the loss of classes that is reported; that of text is always cross-entropy.
     """
 
     data: Prepared
@@ -49,6 +51,7 @@ class Scorer:
     batch_size: int
     device: torch.device
     words: Callable[[], Tokenizer]
+    objective: Loss = cross_entropy
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, split: str, scoring: Scoring = "likelihood") -> Scores:
@@ -83,7 +86,7 @@ class Scorer:
         for indices in self._parts(split):
             batch = to_device(split.batch(indices), self.device)
             logits = module(batch)
-            loss += float(cross_entropy(logits, batch)) * len(indices)
+            loss += float(self.objective(logits, batch)) * len(indices)
             for index, best in zip(indices.tolist(), logits.argmax(-1).tolist(), strict=True):
                 answers[index] = self.task.names[best]
         return answers, loss / len(split)

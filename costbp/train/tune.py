@@ -206,26 +206,19 @@ def write_choices(plan: Plan, path: Path) -> None:
     Raises:
         UserError: an experiment's trials have not been run under these settings.
     """
-    found = own_choices(plan)
+    found = plan.model_copy(update={"tuned": own_choices(plan)})
+    choices: dict[str, Any] = {}
     for cell in plan.cells():
-        tuned = found.get(cell.model, {}).get(cell.task, {}).get(cell.method, {}).get(cell.budget)
+        tuned = found.tuned_at(cell)
         if tuned is None or tuned.key != plan.tuning_key(cell):
             raise UserError(f"{cell}: has not been tuned; run `snakemake tune`")
+        methods = choices.setdefault(cell.model, {}).setdefault(cell.task, {})
+        methods.setdefault(cell.method, {})[cell.budget] = tuned.compact()
     tuning = plan.study.tuning
     about = (
         f"Written by `snakemake tune` for study '{plan.name}': seed {tuning.seed}, {tuning.trials} "
         f"trials an experiment, together {tuning.total} of its budgets, on the validation split."
     )
-    choices = {
-        model: {
-            task: {
-                method: {budget: tuned.compact() for budget, tuned in budgets.items()}
-                for method, budgets in methods.items()
-            }
-            for task, methods in tasks.items()
-        }
-        for model, tasks in found.items()
-    }
     text = yaml.safe_dump(
         {"about": about, "choices": choices}, sort_keys=False, width=1000, default_flow_style=None
     )

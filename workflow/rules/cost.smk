@@ -6,7 +6,7 @@
 rule cost:
     input:
         RESULTS / "prepared" / "{model}" / "{task}.json",
-        trials=lambda wildcards: first_trials(**wildcards),
+        trials=lambda wildcards: PLAN.first_trials(**wildcards),
     output:
         RESULTS / "cost" / "{model}" / "{task}.json",
     params:

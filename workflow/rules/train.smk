@@ -6,7 +6,7 @@
 rule train:
     input:
         RESULTS / "prepared" / "{model}" / "{task}.json",
-        trials=lambda wildcards: first_trials(**wildcards),
+        trials=lambda wildcards: PLAN.first_trials(**wildcards),
     output:
         RESULTS / "train" / "{model}" / "{task}" / "{budget}" / "{methods}.json",
     params:
