@@ -21,6 +21,7 @@ from costbp.analysis.panels import EMPTY
 from costbp.analysis.tables import interval, leaders, run_folder, spread, summary
 from costbp.config import load_plan
 from costbp.config.study import Block
+from costbp.config.tuning import Trial
 from costbp.errors import UserError
 from costbp.files import write_json
 from tests.conftest import ROOT
@@ -190,6 +191,14 @@ def test_every_link_leads_to_a_run_and_nothing_to_the_network(page):
     assert "<title>BP-Checkpointing, forward units 400, 92 (90.04-93.96)</title>" in text
 
 
+def test_figures_beyond_the_room_of_a_page_are_linked(page, monkeypatch):
+    folder = page[2] / "figures"
+    first, second = (report.embedded(folder / f"{figure.name}.svg") for figure in REPORT[:2])
+    monkeypatch.setattr(report, "ROOM", len(first) + len(second) - 1)
+    found = report.pictures(REPORT[:2], folder)
+    assert [drawing[:2] for _, drawing in found.values()] == ["<s", "<a"]
+
+
 def test_the_page_says_the_outcome_first_and_what_is_missing(page):
     folder = page[2]
     text = (folder / "index.html").read_text()
@@ -286,17 +295,15 @@ def test_the_readme_has_room_for_its_excerpt():
     assert text.index(readme.BEGIN) < text.index(readme.END)
 
 
-def test_trials_are_read_from_the_plan(plan):
-    trial = SimpleNamespace(name="sgd", lr=0.1, eps=None, share=0.1, accuracy=0.4)
+def test_trials_are_read_from_the_plan_and_one_without_accuracy_stays_empty(plan):
     cell = next(plan.cells())
-    asked = SimpleNamespace(
-        cells=lambda: [cell],
-        trials=lambda _: (trial, SimpleNamespace(**{**vars(trial), "lr": 1.0})),
-        choice=lambda _: SimpleNamespace(optimizer=SimpleNamespace(name="sgd", lr=1.0)),
-    )
+    trials = [Trial(name="sgd", lr=lr, share=0.1, accuracy=score) for lr, score in ((0.1, 0.4), (1, None))]  # fmt: skip
+    choice = SimpleNamespace(optimizer=trials[0])
+    asked = SimpleNamespace(cells=lambda: [cell], trials=lambda _: trials, choice=lambda _: choice)
     found = figures._trials(asked)
-    assert found["chosen"].tolist() == [False, True]
-    assert found[["model", "optimizer"]].iloc[0].tolist() == [cell.model, "sgd"]
+    assert found["chosen"].tolist() == [True, False] and found["optimizer"].tolist() == ["sgd"] * 2
+    axis = figures.tuning(plan, found).axes[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["sgd 0.1", "sgd 1"]
 
 
 def test_further_metrics_stand_where_runs_have_them(plan):

@@ -45,7 +45,7 @@ AXES = {
 }
 OTHERS = "other methods"
 NEAR = 5  # points: rates that score almost as well as the best
-POINTS = 300  # of a line that shows every step
+POINTS = 200  # of a line that shows every step
 
 
 def _settings(
@@ -61,9 +61,10 @@ def _settings(
     if frame.empty:
         return nothing(empty)
     catalog, titles, parts = plan.catalog, [], []
+    budgets = frame.groupby(["model", "task"])["budget"].nunique()
     for (model, task, budget), part in labelled(plan, frame).groupby(SETTING, sort=False):
         lines = [catalog.tasks[task].label, catalog.models[model].label]
-        if frame["budget"].nunique() > 1:
+        if budgets[model, task] > 1:
             lines.append(catalog.budgets[budget].label)
         if "leads" in part and len(best := part[part["leads"] & (part["family"] != "bp")]):
             lines.append(f"best: {', '.join(dict.fromkeys(best['Method']))}")
@@ -116,7 +117,8 @@ def curve(plan: Plan, frame: pd.DataFrame, x: str, y: str) -> Figure:
                 continue
             look, family = _style(part), part["family"].iloc[0]
             axis.fill_between(at, low, high, color=look["color"], alpha=0.2, lw=0)
-            axis.plot(at, mean, **look, marker=MARKERS[family], ms=4, label=legend[family])
+            look |= {"marker": MARKERS[family], "markevery": []}  # the legend's; dots have links
+            axis.plot(at, mean, **look, ms=5, label=legend[family])
             dots = axis.scatter(at, mean, s=30, color=look["color"], marker=MARKERS[family], lw=0)
             dots.set_urls(
                 [
@@ -212,7 +214,7 @@ def tuning(plan: Plan, trials: pd.DataFrame) -> Figure:
         wide = 100 * rows.pivot_table(**best, sort=False, dropna=False)
         wide = wide.loc[[m for m in dict.fromkeys(rows.sort_index()["Method"]) if m in wide.index]]
         near = (wide.ge(wide.max(axis=1) - NEAR, axis=0)).sum(axis=1)
-        sns.heatmap(wide, cmap="crest", ax=axis, linewidths=0.5, xticklabels=1, yticklabels=1)
+        sns.heatmap(wide, cmap="crest", ax=axis, xticklabels=1, yticklabels=1, rasterized=True)
         tried = wide.notna().sum(axis=1)
         axis.set_yticklabels([f"{m} ({near[m]}/{tried[m]})" for m in wide.index])
         for row in rows[rows["chosen"]].drop_duplicates("method").itertuples():
@@ -291,7 +293,7 @@ def _trials(plan: Plan) -> pd.DataFrame:
             found = {name: getattr(trial, name) for name in ("lr", "eps", "share", "accuracy")}
             chosen = (trial.name, trial.lr) == (choice.name, choice.lr)
             rows.append({**cell._asdict(), **found, "optimizer": trial.name, "chosen": chosen})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"accuracy": float} if rows else {})
 
 
 def _steps(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:

@@ -139,7 +139,7 @@ def grid(
             axis.set_axis_off()
             continue
         draw(axis, place)
-        axis.set_title(titles[place], fontsize=11)
+        axis.set_title(titles[place], fontsize=10)
         if x is not None:
             axis.set_xlabel(x if place + columns >= len(titles) else "")
         if y is not None:
@@ -166,7 +166,7 @@ def nothing(why: str) -> Figure:
 
 def wrapped(*lines: str) -> str:
     """Lines of a title or a note, broken where a panel ends."""
-    return "\n".join(fill(line, 44) for line in lines)
+    return "\n".join(fill(line, 52) for line in lines)
 
 
 def by_doubling(*axes: Any) -> None:

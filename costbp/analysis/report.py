@@ -35,6 +35,7 @@ from costbp.train.record import NOISE
 
 Claims = list[dict[str, Any]]
 DECIDED, UNTESTED = ("holds here", "does not hold here"), "not tested here"
+ROOM = 4_000_000  # characters of drawings on a page
 LEADING = re.compile(r"^[<>=≥≤ ]*([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)(?: ?(KiB|MiB|GiB|[kMGTP])\b)?")
 FACTOR = {name: 1024.0**n for n, name in enumerate(("KiB", "MiB", "GiB"), 1)}
 FACTOR |= {name: 1000.0**n for n, name in enumerate("kMGTP", 1)}
@@ -215,6 +216,8 @@ def embedded(picture: Path) -> Markup:
 
     text = picture.read_text(encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"(\.\d\d)\d+", r"\1", text)  # hundredths of a point
+    text = re.sub(r'\n\s+|font-family: [^;"]*;? ?', lambda m: m[0][:1].strip("f"), text)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the page's names are not a figure's
     text = re.sub(r'<a xlink:href="([^"]*)"[^>]*>', anchor, text)
     return Markup(text.replace(INK, "currentColor").replace(LINE, "var(--line)"))
@@ -270,6 +273,15 @@ def read_claims(folder: Path) -> Claims:
 def pictures(
     figures: Iterable[Figure], folder: Path, seeds: int = 1
 ) -> dict[str, tuple[str, Markup]]:
-    """Name -> caption and drawing of the figures that show something."""
-    found = {f.name: (f.words(seeds), embedded(folder / f"{f.name}.svg")) for f in figures}
-    return {name: shown for name, shown in found.items() if EMPTY not in shown[1]}
+    """Name -> caption and drawing of the figures that show something; of those for which there is no
+    room on a page, a link."""
+    found, room = {}, ROOM
+    for figure in figures:
+        drawing = embedded(folder / f"{figure.name}.svg")
+        if EMPTY in drawing:
+            continue
+        room -= len(drawing)
+        if room < 0:
+            drawing = Markup('<a href="figures/{0}.svg">figures/{0}.svg</a>').format(figure.name)
+        found[figure.name] = (figure.words(seeds), drawing)
+    return found
