@@ -7,8 +7,10 @@ length d; everything below it (modules, adapters, tasks) with named parameters.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from costbp.errors import UserError
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[Tensor, Batch], Tensor]
+Split = Callable[[Batch], Iterable[tuple[Tensor, Batch]]]
 
 
 def cut(batch: Batch, start: int, stop: int) -> Batch:
@@ -94,11 +97,15 @@ class Objective:
         buffer: the gradient, one vector of shape [d]; the parameters' ``.grad`` are views of it.
             It is the one vector that an estimate may fill and hand out.
         slices: parameter name -> (start, stop, shape) inside ``theta``.
+        split: the parts in which a batch is computed one after the other, each with its share of the
+            batch's mean loss; losses, derivatives and gradients are those of the whole. None: at once.
         widest: outputs of the widest linear layer: a scale for the size of activations.
 
     Raises:
         UserError: nothing is trainable, or trainable parameters differ in dtype or device.
     """
+
+    split: Split | None = None
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -144,7 +151,8 @@ class Objective:
 
     @contextlib.contextmanager
     def noise(self, key: Key) -> Iterator[None]:
-        """Within the block every forward pass draws the same dropout masks, named by ``key``.
+        """Within the block every forward pass draws the same dropout masks, named by ``key``; each
+        part of a batch has its own.
 
         Without it the two losses of a finite difference would differ by their masks alone.
         """
@@ -158,13 +166,26 @@ class Objective:
         """Whether a forward pass would draw random numbers now."""
         return any(module.training for module in self._random)
 
-    def _seed(self) -> None:
+    def _seed(self, part: int = 0) -> None:
         if self._noise is not None:
-            torch.manual_seed(self._noise)
+            torch.manual_seed(self._noise + part)
+
+    def _terms(self, batch: Batch, loss: Callable[[Batch], Tensor]) -> Iterator[Tensor]:
+        """What a batch's loss [] is the sum of, one part's after the other."""
+        if self.split is None:
+            self._seed()
+            yield loss(batch)
+            return
+        for index, (share, part) in enumerate(self.split(batch)):
+            self._seed(index)
+            yield _scaled(share, loss(part))
+
+    def _plain(self, batch: Batch) -> Tensor:
+        return self.loss(self.module(batch), batch)
 
     def value(self, batch: Batch) -> Tensor:
         """Loss [] of the module as it stands."""
-        return self.loss(self.output(batch), batch)
+        return functools.reduce(operator.add, self._terms(batch, self._plain))
 
     def output(self, batch: Batch) -> Tensor:
         """What the module puts out as it stands."""
@@ -174,20 +195,27 @@ class Objective:
 
     def at(self, theta: Tensor, batch: Batch) -> Tensor:
         """Loss [] at ``theta`` [d]: the pure function that ``jvp`` and ``vmap`` want."""
-        self._seed()
         parameters = {
             name: theta[start:stop].view(shape)
             for name, (start, stop, shape) in self.slices.items()
         }
-        return self.loss(functional_call(self.module, parameters, (batch,)), batch)
+
+        def loss(part: Batch) -> Tensor:
+            return self.loss(functional_call(self.module, parameters, (part,)), part)
+
+        return functools.reduce(operator.add, self._terms(batch, loss))
 
     def gradient(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss [] and gradient [d] by one backward pass. The gradient is the objective's own
-        buffer, overwritten by the next call: clone it to keep it."""
+        """Loss [] and gradient [d] by one backward pass a part, summed in theta's dtype. The gradient
+        is the objective's own buffer, overwritten by the next call: clone it to keep it."""
         self.buffer.zero_()
-        loss = self.value(batch)
-        loss.backward()
-        return loss.detach(), self.buffer
+
+        def differentiated(loss: Tensor) -> Tensor:
+            loss.backward()
+            return loss.detach()  # without its graph, before the next part's
+
+        losses = map(differentiated, self._terms(batch, self._plain))
+        return functools.reduce(operator.add, losses), self.buffer
 
     @contextlib.contextmanager
     def returning(self) -> Iterator[Tensor]:
@@ -212,6 +240,10 @@ class Objective:
     def finite(self) -> bool:
         """Whether every trainable parameter is finite."""
         return math.isfinite(float(self.theta.sum()))
+
+
+def _scaled(share: Tensor, loss: Tensor) -> Tensor:
+    return (share * loss).to(loss.dtype)
 
 
 class _Perturbed(TorchFunctionMode):

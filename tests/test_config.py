@@ -27,21 +27,39 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+CEILINGS = {  # what stands there -> words of the refusal
+    "0": ["is 0, and wants a size, as 96MB", "1 or more"],
+    "0MB": ["= '0MB'", "a positive number with a unit"],
+    "96XB": ["= '96XB'", "a positive number with a unit, as 24GB"],
+    "'96'": ["= '96'", "with a unit"],
+    "{inference: 0.9}": ["is {'inference': 0.9}, and wants", "1 or more"],
+    "{inference: .inf}": ["1 or more"],
+    "{inferense: 2}": ["is {'inferense': 2}, and wants", "{inference: 1.5}"],
+    "[96MB]": ["is ['96MB'], and wants"],
+}
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
-        ("config.yaml", "- bp_vanilla", "- bp_vanila", ["methods[0]", "'bp_vanila'", "did you mean 'bp_vanilla'"]),
-        ("config.yaml", "[minilm_lora]", "[minilm_lore]", ["models[0]", "did you mean 'minilm_lora'"]),
+        ("config.yaml", "[bp_checkpointing, fmad_vanilla, fmad_multiple", "[bp_checkpoint, fmad_vanilla, fmad_multiple", ["methods[0]", "'bp_checkpoint'", "did you mean 'bp_checkpointing'"]),
+        ("config.yaml", "[minilm_block]", "[minilm_blok]", ["models[0]", "did you mean 'minilm_block'"]),
         ("config.yaml", "[movie_reviews]", "[movie_review]", ["tasks[0]", "did you mean 'movie_reviews'"]),
-        ("config.yaml", "[units_240]", "[units_2400]", ["budgets[0]", "allowed: units_"]),
+        ("config.yaml", "[units_8k]", "[units_80k]", ["budgets[0]", "allowed: units_"]),
         ("config.yaml", "seeds:", "sedes:", ["unknown key 'sedes'", "did you mean 'seeds'"]),
-        ("config.yaml", "seeds: [0, 1, 2]", "seeds: []", ["seeds"]),
+        ("config.yaml", "seeds: [0, 1, 2, 3, 4]", "seeds: []", ["seeds"]),
         ("config.yaml", "diverged_at: 10", "diverged_at: ten", ["evaluation.diverged_at", "'ten'"]),
         ("config.yaml", "device: auto", "device: gpu", ["device", "'gpu'", "allowed: auto, cpu, cuda"]),
-        ("config.yaml", "0.25, 1]", "1, 0.25]", ["evaluation.points", "must rise"]),
+        ("config.yaml", "0.8, 1]", "1, 0.8]", ["evaluation.points", "must rise"]),
         ("config.yaml", "study: laptop", "study: [laptop", ["line", "not valid YAML"]),
         ("catalog/budgets.yaml", "forward_units: 400", "forward_units: 0", ["units_400", "= 0", "greater than 0"]),
         ("catalog/budgets.yaml", "forward_units: 400", "forward_units: 400\n  steps: 3", ["exactly one of"]),
+        *((
+            "catalog/budgets.yaml",
+            "forward_units: 400",
+            f"forward_units: 400\n  peak_memory: {given}",
+            ["units_400.peak_memory", *words],
+        ) for given, words in CEILINGS.items()),
         ("catalog/methods.yaml", "plan: per_block", "plan: per_blok", ["'per_blok'", "did you mean 'per_block'"]),
         ("catalog/methods.yaml", "count: 8", "count: 0", ["directions.count", "= 0"]),
         ("catalog/methods.yaml", "{kind: central}", "{kind: central, eps: 0}", ["oracle", "eps", "greater than 0"]),
@@ -58,7 +76,7 @@ def edit(path: Path, old: str, new: str) -> None:
         ("catalog/models.yaml", "asset: minilm}", "asset: minilmm}", ["'minilmm'", "did you mean 'minilm'"]),
         ("catalog/tasks.yaml", "loader: trec", "loader: trek", ["'trek'", "did you mean 'trec'"]),
         ("catalog/tasks.yaml", "batch_size: 8", "batchsize: 8", ["did you mean 'batch_size'"]),
-        ("config.yaml", "[study]", "[studi]", ["experiments[0].methods[0] = 'studi'", "did you mean 'study'"]),
+        ("config.yaml", "[study]", "[studi]", ["experiments[4].methods[0] = 'studi'", "did you mean 'study'"]),
         ("catalog/groups.yaml", "- bp_vanilla", "- bp_vanila", ["methods.study[0] = 'bp_vanila'", "did you mean 'bp_vanilla'"]),
         ("catalog/groups.yaml", "  study:", "  zo_sparse:", ["methods.zo_sparse", "has this name, too"]),
         ("catalog/groups.yaml", "\nmethods:", "\nmethod:", ["unknown key 'method'", "did you mean 'methods'"]),
@@ -142,9 +160,9 @@ def test_a_model_without_weights_is_not_trained(workdir):
         "    weights: {repo: facebook/opt-13b, revision: e515202d1e7750da62d245fbccb2723b9c1790f5}\n",
         "",
     )
-    edit(workdir / "config/config.yaml", "[minilm_lora]", "[opt_13b]")
+    edit(workdir / "config/config.yaml", "[minilm_block]", "[opt_13b]")
     with pytest.raises(
-        UserError, match=r"experiments\[0\].models\[0\] = 'opt_13b' serves .*fit` alone"
+        UserError, match=r"experiments\[3\].models\[0\] = 'opt_13b' serves .*fit` alone"
     ):
         load_plan()
 
@@ -246,7 +264,7 @@ def test_blame_falls_on_the_overlay(workdir):
 
 
 def test_command_prints_one_line_and_fails(costbp, workdir):
-    edit(workdir / "config/config.yaml", "- zo_multiple", "- zo_multipel")
+    edit(workdir / "config/config.yaml", "zo_multiple, lozo", "zo_multipel, lozo")
     done = costbp("validate")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

@@ -12,7 +12,7 @@ from costbp.config import Cell, load_plan
 from costbp.data.encoded import Split
 from costbp.data.prepare import Prepared
 from costbp.errors import UserError
-from costbp.estimators.base import COARSE
+from costbp.estimators.probe import COARSE
 from costbp.models.build import build_model
 from costbp.models.loss import error_rate
 from costbp.objective import Objective

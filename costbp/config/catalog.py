@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from costbp.config.costs import card_bytes
 from costbp.config.entries import Entry, PythonFile, Strict
 from costbp.config.methods import MethodEntry
 from costbp.config.sources import (
@@ -280,10 +282,27 @@ class TaskEntry(Entry):
 
 
 class BudgetEntry(Entry):
-    """A stopping rule: exactly one of `forward_units` and `steps`."""
+    """A stopping rule, exactly one of `forward_units` and `steps`, and a ceiling of memory."""
 
     forward_units: float | None = Field(None, gt=0, description="No-grad forwards of one batch.")
     steps: int | None = Field(None, ge=1, description="Optimiser steps.")
+    peak_memory: str | dict[Literal["inference"], float] | None = Field(
+        None,
+        description="Ceiling of all bytes at a step's peak, weights included: a size, as 96MB, or "
+        "`{inference: 1.5}`, a multiple of what a no-grad forward of a batch takes. Each method "
+        "takes its cheapest arrangement that fits, micro-batches included.",
+    )
+
+    @field_validator("peak_memory", mode="before")
+    @classmethod
+    def _a_ceiling(cls, value: Any) -> Any:
+        times = value.get("inference") if isinstance(value, dict) and len(value) == 1 else None
+        if isinstance(value, str):
+            card_bytes(value)
+        elif not (value is None or (isinstance(times, int | float) and 1 <= times < math.inf)):
+            wanted = "a size, as 96MB, or {inference: 1.5}, where the multiple is 1 or more"
+            raise ValueError(f"is {value}, and wants {wanted}")
+        return value
 
     @model_validator(mode="after")
     def _one_rule(self) -> BudgetEntry:
@@ -301,10 +320,11 @@ class BudgetEntry(Entry):
         return float(self.forward_units if self.forward_units is not None else self.steps or 0)
 
     def scaled(self, fraction: float) -> BudgetEntry:
-        """The same rule with `fraction` of the limit, for tuning trials."""
+        """The same rule with `fraction` of the limit and no ceiling, for tuning trials."""
+        less: dict[str, Any] = {"steps": max(1, round((self.steps or 1) * fraction))}
         if self.forward_units is not None:
-            return self.model_copy(update={"forward_units": self.forward_units * fraction})
-        return self.model_copy(update={"steps": max(1, round((self.steps or 1) * fraction))})
+            less = {"forward_units": self.forward_units * fraction}
+        return self.model_copy(update={"peak_memory": None, **less})
 
 
 class AssetEntry(Entry):

@@ -16,8 +16,8 @@ def card_bytes(text: str) -> int:
         ValueError: no positive number, or no unit.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
-    if found is None:
-        raise ValueError("wants a number with a unit, as 24GB or 512MB")
+    if found is None or not float(found[1]):
+        raise ValueError("wants a positive number with a unit, as 24GB or 512MB")
     return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2].upper())))
 
 

@@ -322,10 +322,12 @@ class Plan(Strict):
         return budgets.get(cell.budget) if cell.budget else next(iter(budgets.values()), None)
 
     def tuning_key(self, cell: Cell) -> str:
-        """Hash of the settings that a choice is made under."""
+        """Hash of the settings that a choice is made under; a ceiling of memory changes how a
+        gradient is computed, not which, so it isn't one of them."""
         catalog = self.catalog
-        others = catalog.models[cell.model], catalog.tasks[cell.task], catalog.budgets[cell.budget]
-        return self.study.tuning.key(catalog.methods[cell.method], others)
+        others = catalog.models[cell.model], catalog.tasks[cell.task]
+        budget = catalog.budgets[cell.budget].scaled(1)
+        return self.study.tuning.key(catalog.methods[cell.method], (*others, budget))
 
     def trials_key(self, cell: Cell) -> list[str]:
         """Hashes of all that an experiment's trials depend on."""

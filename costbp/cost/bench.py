@@ -111,6 +111,29 @@ class Bench:
         with weightless() if self.device == "meta" else torch.device(self.device):
             yield
 
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Within the block steps run on the bench's device.
+
+        Raises:
+            UserError: one needs numbers that a trace doesn't have.
+        """
+        try:
+            with self.on_device():
+                yield
+        except MissingNumbersError as error:
+            raise UserError(
+                f"module {at_work(self.objective.module, error)}: operator '{error}' asks for "
+                "numbers that a trace without weights doesn't have; run --device cpu on a small "
+                "configuration of this family"
+            ) from error
+
+    def sample(self, batch: int, length: int) -> Batch:
+        """A random batch of that many examples and tokens."""
+        with self.on_device():
+            data = sample_batch(self.config, self.form, batch, length, self.classes)
+        return data if self.device == "meta" else to_device(data, torch.device(self.device))
+
     def cost(
         self,
         name: str,
@@ -127,23 +150,13 @@ class Bench:
         Raises:
             UserError: the length is beyond the model's, or the method can't run on this model.
         """
-        with self.on_device():
-            data: Batch = sample_batch(self.config, self.form, batch, length, self.classes)
-        if self.device != "meta":
-            data = to_device(data, torch.device(self.device))
+        data = self.sample(batch, length)
         objective, estimator = self.objective, method.build()
         optimizer = method.optimizer.build(objective.theta)
         timed = timed and self.device != "meta"
-        try:
-            with self.on_device():
-                found = measure_step(objective, estimator, optimizer, data, timed=timed)
-                allocated = self._allocated(estimator, data) if timed else {}
-        except MissingNumbersError as error:
-            raise UserError(
-                f"module {at_work(objective.module, error)}: operator '{error}' asks for numbers "
-                "that a trace without weights doesn't have; run --device cpu on a small "
-                "configuration of this family"
-            ) from error
+        with self.tracing():
+            found = measure_step(objective, estimator, optimizer, data, timed=timed)
+            allocated = self._allocated(estimator, data) if timed else {}
         return CostRecord(
             model=self.name,
             task=task,

@@ -3,10 +3,10 @@ configuration is known, else counted on the task's own batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ from costbp.models.loss import cross_entropy
 from costbp.models.weights import DROPOUTS, configuration
 from costbp.objective import Objective
 from costbp.tasks.base import load_task
+
+T = TypeVar("T")
 
 
 def pair_costs(
@@ -74,24 +76,32 @@ def _write(path: Path, record: CostRecord | None) -> None:
 def traced_cost(plan: Plan, model: str, task: str, method: str) -> CostRecord | None:
     """The cost of one method, traced on batches of the task's full size, without weights or
     device; None for a model whose configuration isn't known, or that can't be traced."""
-    entry = traceable(plan.catalog.models[model], plan.study.paths.cache / "assets")
-    if entry is None:
+    if traceable(plan.catalog.models[model], plan.study.paths.cache / "assets") is None:
         return None
     path = _cached(plan, model, task, method)
     known = _read(path)
     if known is None:
         data = plan.catalog.tasks[task]
-        try:
-            bench = _bench(model, entry, len(load_task(data.loader).names) or CLASSES)
-            given = plan.catalog.methods[method], data.batch_size, data.max_length
-            known = bench.cost(method, *given, task=task)
-        except UserError as error:
-            if isinstance(plan.catalog.models[model].source, ConfigSource):
-                raise
-            say(f"warning: model '{model}' is not traced: {error}")
-            return None
+        given = plan.catalog.methods[method], data.batch_size, data.max_length
+        known = on_bench(plan, model, task, lambda bench: bench.cost(method, *given, task=task))
         _write(path, known)
     return known
+
+
+def on_bench(plan: Plan, model: str, task: str, find: Callable[[Bench], T]) -> T | None:
+    """What is found on a pair's model without weights; None for one whose configuration isn't known,
+    or that can't be traced."""
+    entry = traceable(plan.catalog.models[model], plan.study.paths.cache / "assets")
+    if entry is None:
+        return None
+    try:
+        names = load_task(plan.catalog.tasks[task].loader).names
+        return find(_bench(model, entry, len(names) or CLASSES))
+    except UserError as error:
+        if isinstance(plan.catalog.models[model].source, ConfigSource):
+            raise
+        say(f"warning: model '{model}' is not traced: {error}")
+        return None
 
 
 _BENCHES: dict[str, Bench] = {}

@@ -50,8 +50,8 @@ class Count:
 
 @torch.no_grad()
 def forward_only(objective: Objective, batch: Batch) -> None:
-    """The unit: one forward of one batch, without a graph."""
-    objective.value(batch)
+    """The unit: one forward of one batch, whole, without a graph."""
+    objective.loss(objective.module(batch), batch)
 
 
 def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Key) -> Count:

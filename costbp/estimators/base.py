@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -70,9 +70,38 @@ class Difference(ABC):
     def forwards(self, count: int) -> int:
         """Forward passes for ``count`` derivatives."""
 
+    def ways(self, count: int) -> list[tuple[str, int, Any]]:
+        """As it is set and, where that may be as one forward, one perturbation after the other: each
+        then computes for itself what depends on no trained parameter."""
+        if self.batched == "never" or count == 1:
+            return [("", 1, self)]
+        return [("", 1, self), ("one perturbation at a time", 2, replace(self, batched="never"))]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of several ways to compute the same estimates.
+
+    Attributes:
+        text: which one, for people; empty for the way that is set.
+        cost: orders them by forward units; equal where those are equal.
+        estimator: what computes so.
+    """
+
+    text: str
+    cost: int
+    estimator: Estimator
+
+
+def halvings(whole: int) -> Iterator[int]:
+    """``whole``, half of it, and so on to 1."""
+    yield whole
+    while whole > 1:
+        whole = -(-whole // 2)
+        yield whole
+
 
 STEP = 1e-3  # of a difference in float32 (MeZO, arXiv 2305.17333)
-COARSE = 0.1  # of one of a piecewise constant loss, which must change some answers
 
 
 class Estimator(ABC):
@@ -80,7 +109,13 @@ class Estimator(ABC):
 
     ``estimate`` is all that a new one must define. What an estimator remembers between steps
     (a snapshot, a mask) goes through ``state_dict``, so that a resumed run continues bit-equal.
+
+    Attributes:
+        divisible: whether estimates are the same where the objective computes a batch in parts:
+            where they know the batch by its mean loss, gradient and derivatives alone.
     """
+
+    divisible = False
 
     @abstractmethod
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
@@ -112,6 +147,10 @@ class Estimator(ABC):
         """The finite difference behind its derivatives, whose step a run settles before it
         starts; None where derivatives are exact."""
         return None
+
+    def ways(self, objective: Objective) -> list[Way]:
+        """Ways to compute the same estimates, by rising cost, and of equal cost by falling memory."""
+        return [Way("", 0, self)]
 
     @property
     def scratch(self) -> int:

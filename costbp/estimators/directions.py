@@ -39,15 +39,20 @@ class Directions:
     count: int
     part: Part
     dual: Part | None = None
+    rounded: bool = field(default=False, init=False)  # derivatives are along tangents
 
     @cached_property
     def dense(self) -> Tensor:
-        """All directions, [K, d], in theta's dtype: what forward-mode AD needs as tangents."""
-        theta = self.objective.theta
-        rows = theta.new_empty(self.count, self.objective.d)
+        """All directions, [K, d], in theta's dtype."""
+        return self.tangents(range(self.count))
+
+    def tangents(self, chosen: range) -> Tensor:
+        """Some directions, [chosen, d], in theta's dtype: what forward-mode AD needs."""
+        rows = self.objective.theta.new_empty(len(chosen), self.objective.d)
         for name, (start, stop, _) in self.objective.slices.items():
-            for k in range(self.count):
-                rows[k, start:stop] = self.part(k, name)
+            for row, k in enumerate(chosen):
+                rows[row, start:stop] = self.part(k, name)
+        self.rounded = True
         return rows
 
     def combine(self, weights: Tensor) -> Tensor:
@@ -55,12 +60,17 @@ class Directions:
         buffer, slices, dual = self.objective.buffer, self.objective.slices, self.dual or self.part
         if self.dual is None and "dense" in vars(self):  # as rounded for the derivative
             return buffer.copy_(_weighted(self._dense_row, weights))
+        if self.dual is None and self.rounded:
+            dual = self._rounded_part
         for name, (start, stop, _) in slices.items():
             buffer[start:stop] = _weighted(dual, weights, name)
         return buffer
 
     def _dense_row(self, k: int, _: str) -> Tensor:
         return wide(self.dense[k])
+
+    def _rounded_part(self, k: int, name: str) -> Tensor:
+        return wide(self.part(k, name).to(self.objective.theta.dtype))
 
     def some(self, first: int, count: int) -> Directions:
         """``count`` of the directions, from ``first`` on."""

@@ -36,6 +36,7 @@ class HessianInformed(Estimator):
     smoothing: float
     limit: float = 1e3
     inverse: Tensor | None = field(default=None, init=False)
+    divisible = True  # curvature, too, is of the mean loss
 
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:
         (batch,) = batches

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,6 +123,19 @@ def offload(objective: Objective, batch: Batch) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Store the activations of the last ``count`` blocks and recompute the others."""
+
+    count: int
+
+    def __call__(
+        self, objective: Objective, batch: Batch
+    ) -> contextlib.AbstractContextManager[None]:
+        found = blocks(objective.module)
+        return recomputing(found[: len(found) - self.count])
+
+
 class ByteBudget:
     """Keep as many blocks as fit: the peak beyond weights of one estimate stays within a budget.
 
@@ -142,27 +157,26 @@ class ByteBudget:
         shape = tuple(tuple(tensor.shape) for tensor in batch.values())
         if shape not in self._kept:
             self._kept[shape] = self._most(objective, batch, found)
-        return recomputing(found[: len(found) - self._kept[shape]])
+        return Keeping(self._kept[shape])(objective, batch)
 
     def __deepcopy__(self, memo: Any) -> ByteBudget:
         return self  # what was found depends on shapes alone
 
     def _most(self, objective: Objective, batch: Batch, found: Sequence[nn.Module]) -> int:
-        low, high, least = -1, len(found), 0
-        while low < high:
-            kept = (low + high + 1) // 2
-            peak = self._peak(objective, batch, found[: len(found) - kept]) if kept >= 0 else 0
-            if peak <= self.bytes:
-                low = kept
-            else:
-                high = kept - 1
-            least = peak if kept == 0 else least
-        if low < 0:
+        least = 0
+
+        def fits(recomputed: int) -> bool:
+            nonlocal least
+            least = self._peak(objective, batch, found[:recomputed])
+            return least <= self.bytes
+
+        recomputed = bisect.bisect_left(range(len(found) + 1), True, key=fits)
+        if recomputed > len(found):
             raise UserError(
                 f"plan byte_budget: {self.bytes / 2**20:g} MiB are too few; with every block "
                 f"recomputed a step needs {least / 2**20:.1f} MiB beyond weights"
             )
-        return low
+        return len(found) - recomputed
 
     @staticmethod
     def _peak(objective: Objective, batch: Batch, chosen: Sequence[nn.Module]) -> int:

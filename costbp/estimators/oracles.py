@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from costbp.estimators.base import Difference, wide, wide_dtype
+from costbp.estimators.base import Difference, halvings, wide, wide_dtype
 from costbp.estimators.directions import Directions
 from costbp.estimators.forward_mode import directional_derivatives
 from costbp.estimators.precision import computing_in
@@ -37,6 +37,11 @@ class Oracle(Protocol):
         self, objective: Objective, batch: Batch, directions: Directions
     ) -> tuple[Tensor, Tensor]: ...
 
+    def ways(self, count: int) -> list[tuple[str, int, Any]]:
+        """Oracles that measure the same ``count`` derivatives, each with its name and cost (see
+        ``Estimator.ways``)."""
+        ...
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -50,15 +55,24 @@ class Exact:
     def __call__(
         self, objective: Objective, batch: Batch, directions: Directions
     ) -> tuple[Tensor, Tensor]:
-        tangents = directions.dense
-        losses, derivatives = zip(
-            *(
-                directional_derivatives(objective, batch, part)
-                for part in tangents.split(self.chunk or len(tangents))
-            ),
-            strict=True,
-        )
-        return wide(losses[0]), wide(torch.cat(derivatives))
+        chunk = self.chunk or directions.count
+        if chunk >= directions.count:
+            loss, derivatives = directional_derivatives(objective, batch, directions.dense)
+            return wide(loss), wide(derivatives)
+        found = []
+        for first in range(0, directions.count, chunk):
+            chosen = range(first, min(first + chunk, directions.count))
+            found.append(directional_derivatives(objective, batch, directions.tangents(chosen)))
+        losses, slopes = zip(*found, strict=True)
+        return wide(losses[0]), wide(torch.cat(slopes))
+
+    def ways(self, count: int) -> list[tuple[str, int, Exact]]:
+        """All at once, half as many at a time, and so on; each chunk takes a primal pass."""
+        return [("", 1, Exact())] + [
+            (f"{chunk} of {count} directions at a time", -(-count // chunk), Exact(chunk))
+            for chunk in halvings(count)
+            if chunk < count
+        ]
 
 
 @torch.no_grad()

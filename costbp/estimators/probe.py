@@ -26,6 +26,7 @@ DIRECTIONS = 4
 RATIO = 10**0.5  # between neighbouring steps; the usable window is about as wide
 LIMITS = (1e-6, 1.0)
 GOOD = 0.3  # relative error of derivatives that needs no better step: a cosine of about 0.95
+COARSE = 0.1  # step on a piecewise constant loss, which must change some answers; never probed
 PROBE = -3  # sub-key of the probe's directions and masks
 
 

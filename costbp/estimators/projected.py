@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from costbp.errors import UserError
-from costbp.estimators.base import Difference, Estimate, Estimator
+from costbp.estimators.base import Difference, Estimate, Estimator, Way
 from costbp.estimators.directions import Directions, Source
 from costbp.estimators.oracles import Oracle
 from costbp.objective import Batch, Key, Objective, cut
@@ -45,6 +45,7 @@ class Projected(Estimator):
     scale: Literal["unbiased", "spread", "legacy"] = "unbiased"
     limit: float | None = None
     groups: int | Literal["examples"] = 1
+    divisible = True  # directions that learn from a batch learn from derivatives of its mean loss
 
     @property
     def difference(self) -> Difference | None:
@@ -56,6 +57,11 @@ class Projected(Estimator):
 
     def phase(self, step: int) -> int:
         return self.source.phase(step)
+
+    def ways(self, objective: Objective) -> list[Way]:
+        """Those of its oracle, for the directions of a step or of a calibration."""
+        ways = self.oracle.ways(max(self.count, getattr(self.source, "candidates", 1)))
+        return [Way(text, cost, replace(self, oracle=oracle)) for text, cost, oracle in ways]
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.source.state_dict()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from costbp.estimators.base import Difference, Estimate, Estimator, wide_dtype
+from costbp.estimators.base import Difference, Estimate, Estimator, Way, wide_dtype
 from costbp.objective import Batch, Key, Objective
 
 
@@ -35,6 +35,11 @@ class Wrapper(Estimator):
     @property
     def difference(self) -> Difference | None:
         return self.inner.difference
+
+    def ways(self, objective: Objective) -> list[Way]:
+        """Those of the inner estimator."""
+        ways = self.inner.ways(objective)
+        return [replace(way, estimator=replace(self, inner=way.estimator)) for way in ways]
 
     @property
     def scratch(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,23 @@ from torch.utils.checkpoint import checkpoint
 from costbp.objective import Batch
 
 IGNORED = -100  # label of a place that doesn't count
+
+
+def micro_batches(batch: Batch, rows: int) -> list[tuple[Tensor, Batch]]:
+    """A batch in parts of ``rows`` examples, the last of what is left, each with its share [] of the
+    terms that the batch's loss is the mean of: examples, or next tokens that count."""
+    labels = batch["labels"]
+    parts: list[dict[str, Tensor]] = [{} for _ in labels.split(rows)]
+    for name, value in batch.items():
+        sizes: Any = rows
+        if len(value) != len(labels):  # patches, of which images have differing numbers
+            grids = batch["image_grid_thw"].split(rows)
+            sizes = [int(grid.prod(1).sum()) for grid in grids]
+        for part, piece in zip(parts, value.split(sizes), strict=True):
+            part[name] = piece
+    terms = [next_tokens(p["labels"]) if labels.ndim > 1 else p["labels"] for p in parts]
+    counts = torch.stack([(wanted != IGNORED).sum() for wanted in terms]).double()
+    return list(zip(counts / counts.sum(), parts, strict=True))
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:

@@ -158,5 +158,5 @@ def _metrics(record: Record, steps: pd.DataFrame, start: int) -> Iterator[Any]:
             yield Metric(column, float(row[2]), start + int(1000 * row[1]), int(row[0]))
     when = int(record.finished.timestamp() * 1000)
     for name, value in record.summary.figures().items():
-        if value is not None:
+        if isinstance(value, int | float):
             yield Metric(f"final.{name}", float(value), when, record.summary.steps)

@@ -19,16 +19,19 @@ from costbp.assets.fetch import commits
 from costbp.config.costs import card_bytes
 from costbp.config.study import Plan, RunSpec
 from costbp.console import say
+from costbp.cost.ceiling import Arrangement, metered_arrangement, traced_arrangement
 from costbp.cost.pairs import traced_cost
 from costbp.cost.record import CostRecord
 from costbp.cost.step import CostCounter
 from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
-from costbp.device import free, memory_of, name_of, out_of_memory
+from costbp.device import free, memory_of, name_of, out_of_memory, to_device
 from costbp.device_pool import device_slot, largest_memory
 from costbp.errors import UserError
 from costbp.files import atomic, lock, write_json
 from costbp.models.build import build_model
+from costbp.models.loss import LOSSES
+from costbp.objective import Objective
 from costbp.train.loop import Interrupted, Run, StepEvent
 from costbp.train.progress import watching
 from costbp.train.record import (
@@ -157,13 +160,15 @@ class _Session:
         }
         if self.memory is not None:
             facts[MEMORY] = str(self.memory)
-        title = f"{'/'.join(spec.cell)} seed {spec.seed}"
-        predicted = self._predicted(spec)
+        arranged = traced_arrangement(self.plan, spec)
+        predicted = arranged or self._predicted(spec)
         needed = None if predicted is None else predicted.bytes
-        if needed is not None and self.memory is not None and needed > self.memory and not force:
+        if arranged is not None and not arranged.fits:
+            ended = Ended("does_not_fit", arranged.message, self._nothing(arranged))
+        elif needed is not None and self.memory is not None and needed > self.memory and not force:
             ended = Ended("does_not_fit", self._too_large(needed), self._nothing(predicted))
         else:
-            ended = self._ended(spec, folder, stop, title, test=test)
+            ended = self._ended(spec, arranged, folder, stop, test=test)
         record = Record(
             hash=spec.hash,
             spec=spec,
@@ -176,15 +181,23 @@ class _Session:
         write_run(folder, record, ended.rows)
         accuracy = record.summary.test_accuracy
         shown = "" if accuracy is None else f", test accuracy {accuracy:.3f}"
-        say(f"{title}: {ended.outcome}{shown}{f' ({ended.message})' if ended.message else ''}")
+        say(
+            f"{_title(spec)}: {ended.outcome}{shown}{f' ({ended.message})' if ended.message else ''}"
+        )
         return record
 
-    def _ended(self, spec: RunSpec, folder: Path, stop: Stop, title: str, *, test: bool) -> Ended:
+    def _ended(
+        self, spec: RunSpec, arranged: Arrangement | None, folder: Path, stop: Stop, *, test: bool
+    ) -> Ended:
         """A run from its model to its last score; running out of memory is a result at any moment."""
+        title = _title(spec)
         run: Run | None = None
         outcome: Outcome = "failed"
         try:
-            run = self._build(spec)
+            run = self._build(spec, arranged)
+            if run.arrangement is not None and not run.arrangement.fits:
+                outcome, message = "does_not_fit", run.arrangement.message
+                return Ended(outcome, message, run.summary(test=False))
             _resume(run, folder, title)
             with watching(title, folder) as show:
                 outcome, message = run.train(_with_checkpoints(run, folder, stop, show))
@@ -212,23 +225,30 @@ class _Session:
             if outcome == "out_of_memory" or self.device.type != "cpu":
                 free(self.device)
 
-    def _build(self, spec: RunSpec) -> Run:
+    def _build(self, spec: RunSpec, arranged: Arrangement | None) -> Run:
         data, device = self.data, self.device
         module = build_model(
             spec.model, len(data.names), self.assets, spec.seed, data.width, device, data.words
         )
-        key = self.plan.cost_key(*spec.cell[:3])
-        counter = self.counters.setdefault(key, CostCounter(spec.method.build()))
-        return Run(spec, module, data, device, counter, self.assets)
+        if arranged is None and spec.budget.peak_memory is not None:
+            train = data.splits["train"]
+            largest = to_device(train.batch(train.order()[-spec.task.batch_size :]), device)
+            objective = Objective(module, LOSSES[spec.task.objective])
+            arranged = metered_arrangement(self.plan, spec, objective, largest)
+        run = Run(spec, module, data, device, self.assets, arranged)
+        key = f"{self.plan.cost_key(*spec.cell[:3])} {arranged.text if arranged else ''}"
+        run.cost_of = self.counters.setdefault(key, run.cost_of)
+        return run
 
     def _predicted(self, spec: RunSpec) -> CostRecord | None:
         """The traced cost of a step, where there is a memory that it could exceed."""
         return None if self.memory is None else traced_cost(self.plan, *spec.cell[:3])
 
-    def _nothing(self, predicted: CostRecord | None = None) -> Summary:
+    def _nothing(self, predicted: CostRecord | Arrangement | None = None) -> Summary:
         """Figures of a run that never began."""
-        d = predicted.d if predicted else 0
-        return Summary(majority=self.data.facts["majority"]["test"], d=d)
+        d, majority = predicted.d if predicted else 0, self.data.facts["majority"]["test"]
+        known = predicted.figures if isinstance(predicted, Arrangement) else {}
+        return Summary(majority=majority, d=d, **known)
 
     def _too_large(self, needed: int) -> str:
         return (
@@ -245,6 +265,10 @@ class Ended:
     message: str
     summary: Summary
     rows: Sequence[Row] = ()
+
+
+def _title(spec: RunSpec) -> str:
+    return f"{'/'.join(spec.cell)} seed {spec.seed}"
 
 
 def _first_line(error: BaseException) -> str:

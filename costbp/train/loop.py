@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from costbp.config.study import RunSpec
 from costbp.console import say
+from costbp.cost.ceiling import Arrangement
 from costbp.cost.step import (
     CostCounter,
     Count,
@@ -33,9 +34,7 @@ from costbp.cost.step import (
 from costbp.data.prepare import Prepared
 from costbp.data.stream import BatchStream
 from costbp.device import allocator_peaks, forget_peaks, free, synchronise, to_device
-from costbp.estimators.base import COARSE
-from costbp.estimators.directions import Source
-from costbp.estimators.probe import Probe, settle
+from costbp.estimators.probe import COARSE, Probe, settle
 from costbp.models.loss import LOSSES
 from costbp.models.weights import load_tokenizer
 from costbp.objective import Batch, Key, Objective
@@ -96,8 +95,8 @@ class Run:
         module: what is trained.
         data: encoded splits.
         device: where it runs.
-        costs: counter shared by runs of one experiment, whose steps cost the same.
         assets: folder of what was fetched, for the tokenizer that reads written answers.
+        arrangement: how estimates are computed under a ceiling; None: as the method is set.
     """
 
     def __init__(
@@ -106,20 +105,22 @@ class Run:
         module: nn.Module,
         data: Prepared,
         device: torch.device,
-        costs: CostCounter | None = None,
         assets: Path = Path(),
+        arrangement: Arrangement | None = None,
     ) -> None:
         self.spec, self.data, self.device = spec, data, device
         self.module = module.to(device)
         self.objective = Objective(self.module, LOSSES[spec.task.objective])
-        self.estimator = spec.method.build()
+        self.estimator, self.arrangement = spec.method.build(), arrangement
+        if arrangement is not None:
+            self.estimator = arrangement.arrange(self.estimator, self.objective)
         if self.estimator.difference is not None and not spec.task.differentiable:
             self.estimator.difference.eps = self.estimator.difference.eps or COARSE
         self.optimizer = spec.optimizer.build(self.objective.theta)
         self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
         self.state = State()
         self.kept: Tensor | None = None  # theta [d] at the best evaluation
-        self.cost_of = costs or CostCounter(self.estimator)
+        self.cost_of = CostCounter(self.estimator)  # runs whose steps cost the same may share one
         self.scorer = Scorer(
             data,
             load_task(spec.task.loader),
@@ -236,7 +237,8 @@ class Run:
             if state.evaluated == len(points) - 1:
                 self._evaluate()
             state.evaluated += 1
-        return "completed", self._caution()
+        source = getattr(self.estimator.per_batch, "source", None)
+        return "completed", source.caution(self.objective) if source else ""
 
     def _settle(self) -> None:
         """Before the first step: how the method takes its differences, if it takes any."""
@@ -257,11 +259,6 @@ class Run:
                 )
         synchronise(device)
         state.evaluation_seconds += time.perf_counter() - start
-
-    def _caution(self) -> str:
-        """What the method's directions are on this model, where that isn't what its name says."""
-        source: Source | None = getattr(self.estimator.per_batch, "source", None)
-        return source.caution(self.objective) if source is not None else ""
 
     def _log(self, loss: float, norm: float, size: float) -> None:
         state = self.state
@@ -358,7 +355,6 @@ class Run:
         resident = self.resident()
         weights = resident.pop("weights")
         probe = Probe(**state.probe) if state.probe is not None else None
-        difference = self.estimator.difference
         return Summary(
             test_accuracy=tested.accuracy if tested else None,
             test_loss=_finite(tested.loss) if tested else None,
@@ -381,7 +377,7 @@ class Run:
             resumed=state.resumed,
             non_finite=state.non_finite,
             learning_rate=self.spec.optimizer.rate(self.objective.d),
-            eps=difference.step if difference else None,
+            eps=getattr(self.estimator.difference, "step", None),
             float32=probe is not None and probe.float32,
             difference_snr=probe.snr if probe else None,
             difference_cosine=probe.cosine if probe else None,
@@ -391,6 +387,7 @@ class Run:
             forward_seconds=self._forward_seconds() if test else None,
             allocated_bytes=state.allocated or None,
             reserved_bytes=state.reserved or None,
+            **(self.arrangement.figures if self.arrangement else {}),
         )
 
     def _step_seconds(self) -> float | None:

@@ -76,6 +76,8 @@ class Summary(BaseModel):
         step_seconds, forward_seconds: a typical optimiser step (each kind's median after the first
             steps) and a no-grad forward, the device synchronised.
         predicted_bytes: all bytes at a step's peak, traced without the device.
+        ceiling_bytes: what the budget allows them to be; None without a ceiling.
+        arrangement: how the method kept under it.
         allocated_bytes, reserved_bytes: the same as the device's allocator tells, largest step.
     """
 
@@ -111,10 +113,12 @@ class Summary(BaseModel):
     step_seconds: float | None = None
     forward_seconds: float | None = None
     predicted_bytes: int | None = None
+    ceiling_bytes: int | None = None
+    arrangement: str = ""
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
 
-    def figures(self) -> dict[str, float | int | None]:
+    def figures(self) -> dict[str, float | int | str | None]:
         """All of it by name; the test split's metrics are called ``test_`` and their name."""
         metrics = {f"test_{name}": value for name, value in self.test_metrics.items()}
         return metrics | self.model_dump(exclude={"test_metrics"})
