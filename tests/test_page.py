@@ -100,6 +100,7 @@ def page(plan, tmp_path_factory):
     paths = plan.study.paths.model_copy(update=paths)
     plan = plan.model_copy(update={"study": plan.study.model_copy(update={"paths": paths})})
     frames = built(plan)
+    frames.runs.loc[:9, "commit"] = "def+"
     folders = [run_folder(plan, run) for run in frames.runs.itertuples()]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -217,7 +218,10 @@ def test_the_page_says_the_outcome_first_and_what_is_missing(page):
     order += ["What was not tested", "It would take: a phone"]
     places = [text.index(words) for words in order]
     assert places == sorted(places)
-    assert "2 of 50 runs did not complete" in text
+    assert (
+        "2 of 50 runs ended as diverged." in text
+        and "made at 2 commits of the code (abc, def+)" in text
+    )
     assert "The conclusion of scale." not in text and EMPTY not in text
     for figure in REPORT:  # no trials, no derivatives: declared, and not shown
         assert (folder / f"figures/{figure.name}.svg").exists()
@@ -230,14 +234,6 @@ def test_the_page_says_the_outcome_first_and_what_is_missing(page):
 )  # fmt: skip
 def test_intervals_in_words(low, high, words):
     assert report.bounds({"low": low, "high": high, "unit": "x"}) == words
-
-
-def test_mixed_and_changed_commits_are_said(plan):
-    frames = built(plan)
-    frames.runs.loc[:9, "commit"] = "def+"
-    mixed, changed, _ = report.warnings(frames)
-    assert "mix 2 commits" in mixed and "abc: 40, def+: 10" in mixed
-    assert changed == "Code that was not committed made the runs of def+."
 
 
 def test_untuned_and_kept_runs_are_said(plan):
@@ -281,7 +277,7 @@ def test_the_readme_s_excerpt_is_that_of_the_records(page, tmp_path):
     assert table["a constant answer"] == ["20.0", "20.0"] and len(table) == len(METHODS) + 2
     assert "- Accuracy, holds here (toy): The conclusion of accuracy." in text
     assert "- Undecided: Scale, Rates." in text and "- Not tested here: Device." in text
-    assert "Commit abc, x; runs: 50," in text
+    assert "Commit abc, def+, x; runs: 50," in text
     readme.write(plan, frames, folder, file)
     assert file.read_text() == text
     file.write_text("no markers")

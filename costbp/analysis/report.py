@@ -15,6 +15,7 @@ from itables.utils import read_package_file
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from costbp.analysis.claims import warnings
 from costbp.analysis.finding import how_worded
 from costbp.analysis.frames import CELL, Frames
 from costbp.analysis.outputs import REPORT, Figure
@@ -94,23 +95,6 @@ def unusual(frames: Frames) -> pd.DataFrame:
     """Runs that did not complete: results too, never hidden."""
     columns = [*CELL, "seed", "outcome", "message"]
     return frames.runs.loc[frames.runs["outcome"] != "completed", columns]
-
-
-def warnings(frames: Frames) -> list[str]:
-    """What a reader must know before anything else."""
-    commits = frames.runs["commit"].value_counts()
-    found = []
-    if len(commits) > 1:
-        each = ", ".join(f"{name}: {count}" for name, count in commits.items())
-        found.append(
-            f"The runs mix {len(commits)} commits of the code ({each} runs): differences between "
-            "methods may be differences between commits."
-        )
-    if changed := [str(name) for name in commits.index if str(name).endswith("+")]:
-        found.append(f"Code that was not committed made the runs of {', '.join(changed)}.")
-    if count := len(unusual(frames)):
-        found.append(f"{count} of {len(frames.runs)} runs did not complete; they are listed below.")
-    return found
 
 
 def bounds(claim: Mapping[str, Any]) -> str:
