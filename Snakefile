@@ -64,6 +64,7 @@ include: "workflow/rules/tune.smk"
 include: "workflow/rules/cost.smk"
 include: "workflow/rules/costs.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/insight.smk"
 
 
 localrules:

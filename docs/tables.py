@@ -20,6 +20,7 @@ from costbp.config import (
     catalog,
     claims,
     costs,
+    insight,
     load_plan,
     methods,
     optimizer,
@@ -37,6 +38,7 @@ MODULES: tuple[ModuleType, ...] = (
     catalog,
     claims,
     costs,
+    insight,
     methods,
     optimizer,
     parts,
@@ -66,7 +68,7 @@ def table_of(model: type[BaseModel]) -> str:
     """A row for each key of a class: what it may hold, its default, what it means."""
     shared = {
         name
-        for base in (Entry, sources.Source, claims.Stated, claims.Compared)
+        for base in (Entry, sources.Source, claims.Stated, claims.Compared, insight.Measured)
         if issubclass(model, base) and model is not base
         for name, field in base.model_fields.items()
         if model.model_fields[name].default == field.default

@@ -23,6 +23,7 @@ ROOMS = (  # bottom to top; what stands in one line does not import each other
     {"cost"},
     {"train"},
     {"analysis", "tracking", "own_loop"},
+    {"insight"},
     {"cli", "hf_trainer"},
     {"__init__", "__main__"},
 )

@@ -50,7 +50,7 @@ def assets(
     from costbp.files import write_json
 
     study = load(config, plan)
-    wanted = study.assets()
+    wanted = study.assets(insight=only is not None)
     if only is not None and only not in wanted:
         raise UserError(f"study '{study.name}' needs no asset '{only}'; {suggest(only, wanted)}")
     for name, asset in wanted.items():

@@ -16,6 +16,7 @@ from costbp.config.claims import Claims, Compared
 from costbp.config.costs import Sweep
 from costbp.config.entries import Strict
 from costbp.config.groups import Names, load_groups
+from costbp.config.insight import Trained
 from costbp.config.methods import MethodEntry
 from costbp.config.read import Loc, Sources, blame, dotted, laid_over, read_yaml, validate, value_at
 from costbp.config.sources import FolderSource
@@ -184,6 +185,11 @@ def _resolved(study: Study, names: Names) -> Study:
         }
         fits = costs.fits and names.resolve(costs.fits, ("costs", "fits"), _not_traced)
         costs = costs.model_copy(update={"sweeps": sweeps, "fits": fits})
+    for name, problem in study.insight.problems.items() if study.insight else ():
+        if isinstance(problem, Trained):
+            loc: Loc = ("insight", "problems", name)
+            names.check("models", (problem.model,), (*loc, "model"), _not_trained)
+            names.check("tasks", (problem.task,), (*loc, "task"), _not_trained)
     return study.model_copy(update={"experiments": blocks, "costs": costs})
 
 

@@ -22,6 +22,7 @@ from costbp.config.catalog import (
 from costbp.config.claims import Claims
 from costbp.config.costs import Costs
 from costbp.config.entries import Strict, short_hash
+from costbp.config.insight import Insight
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
 from costbp.config.resources import Paths, Resources
@@ -112,6 +113,7 @@ class Study(Strict):
         False, description="Start runs although their traced memory exceeds the device's."
     )
     costs: Costs | None = Field(None, description="What `snakemake costs` traces.")
+    insight: Insight | None = Field(None, description="What `snakemake insight` measures.")
     entries: dict[Literal["methods", "models", "tasks", "budgets"], dict[str, dict[str, Any]]] = (
         Field(
             default_factory=dict,
@@ -208,10 +210,11 @@ class Plan(Strict):
             for number in range(count):
                 yield (*names, tuple(found[number::count]))
 
-    def assets(self) -> dict[str, Fetchable]:
-        """All that has to be fetched for the study, by the name of its folder."""
+    def assets(self, *, insight: bool = False) -> dict[str, Fetchable]:
+        """All that has to be fetched for the study, by the name of its folder; for ``insight``, too."""
         found: dict[str, Fetchable] = {}
-        for model, task in self.pairs():
+        further = self.study.insight.pairs if insight and self.study.insight else ()
+        for model, task in (*self.pairs(), *further):
             found |= self.to_fetch(model, task)
         return dict(sorted(found.items()))
 

@@ -62,7 +62,8 @@ class Pair(NamedTuple):
 
 
 def check_pairs(plan: Plan) -> Plan:
-    """The plan, if every model of its experiments can be asked its tasks."""
-    for model, task in plan.pairs():
+    """The plan, if every model can be asked the tasks that it is set."""
+    insight = plan.study.insight
+    for model, task in (*plan.pairs(), *(insight.pairs if insight else ())):
         Pair.of(plan, model, task).check()
     return plan

@@ -6,7 +6,7 @@ rule assets:
         RESULTS / "assets" / "{asset}.json",
     params:
         plan=RESOLVED,
-        source=lambda wildcards: PLAN.assets()[wildcards.asset].model_dump_json(),
+        source=lambda wildcards: PLAN.assets(insight=True)[wildcards.asset].model_dump_json(),
     log:
         LOGS / "assets" / "{asset}.log",
     benchmark:
