@@ -133,6 +133,7 @@ def coarse(figure: Any, path: Path) -> None:
     """A figure's file in few pixels: of hundreds of panels most time goes into the finest."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=30)
+    figure.savefig(path.with_suffix(".svg"))
     plt.close(figure)
 
 

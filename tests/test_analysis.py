@@ -13,7 +13,7 @@ from costbp.analysis import outputs, tables
 from costbp.analysis.cost_figures import front_of
 from costbp.analysis.finding import how_worded
 from costbp.analysis.frames import Frames
-from costbp.analysis.tables import metric_table, scale_line
+from costbp.analysis.tables import scale_line
 from costbp.config import load_plan
 from tests.conftest import ROOT
 
@@ -54,7 +54,7 @@ def frames(accuracies: dict[str, list[float]], ends: dict[str, float]) -> Frames
 def test_words():
     assert tables.si(3.21e12) == "3.21 T"
     assert tables.mib(5 * 2**20) == "5.0 MiB"
-    assert tables.spread(pd.Series([0.5, 0.7, None]), 100) == "60.0 (50.0-70.0)"
+    assert tables.spread(pd.Series([0.5, None]), 100) == "50.0"
     assert tables.spread(pd.Series([None], dtype=float)) == "-"
     assert r"\%" in tables.latex(pd.DataFrame({"a": ["1 %"], "b": [1], "c": [1], "d": [1]}), "x")
 
@@ -69,15 +69,6 @@ def test_the_pareto_front_holds_what_nothing_beats():
     assert front_of(rows).index.tolist() == ["d", "a", "b", "c"]
 
 
-def test_further_metrics_have_a_table_of_their_own(plan):
-    data = frames({"bp_checkpointing": [0.9, 0.8], "zo_vanilla": [0.5]}, {"bp_checkpointing": 0.9, "zo_vanilla": 0.5})  # fmt: skip
-    assert metric_table(plan, data).empty
-    data.runs["test_exact_match"] = [0.5, 0.25, None]
-    table = metric_table(plan, data)
-    assert list(table.columns) == ["Model", "Task", "Method", "Exact match, %"]
-    assert table["Exact match, %"].tolist() == ["37.5 (25.0-50.0)"]
-
-
 def test_every_figure_has_its_drawing_and_naming_them_is_quick():
     for figure in (*outputs.REPORT, *outputs.COSTS):
         module, function = figure.by.split(".")
@@ -86,16 +77,18 @@ def test_every_figure_has_its_drawing_and_naming_them_is_quick():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_a_caption_speaks_of_ranges_where_there_are_some():
-    figure = outputs.REPORT[-1]
-    assert "bars are their range" in figure.words(3) and "range" not in figure.words(1)
+def test_a_caption_speaks_of_intervals_where_there_are_some():
+    figure = outputs.REPORT[0]
+    assert "bands are their 95 % intervals" in figure.words(3) and "intervals" not in figure.words(
+        1
+    )
 
 
 def test_the_verdicts_are_worded_by_the_study_s_scale(plan):
     assert "toy" in how_worded("reduced") and "verified or falsified" in how_worded("full")
-    assert "3 or 2" not in scale_line(plan) and "range over seeds" in scale_line(plan)
+    assert "3 or 2 seeds" not in scale_line(plan) and "interval over seeds" in scale_line(plan)
     single = plan.study.model_copy(
         update={"seeds": (0,), "experiments": plan.study.experiments[:1]}
     )
     line = scale_line(plan.model_copy(update={"study": single}))
-    assert "1 seed, budget of" in line and "range" not in line
+    assert "1 seed, budget of" in line and "interval" not in line

@@ -95,6 +95,7 @@ def test_the_number_of_seeds_asked_for_is_enough():
 # --- under the null, and with planted effects --------------------------------------------------------
 
 
+@pytest.mark.timeout(900)  # twenty seconds where the machine is idle
 def test_under_the_null_hardly_anything_is_decided(plan):
     decided, studies = Counter(), 0
     for seed in range(500):

@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from costbp.analysis.frames import labelled
-from costbp.analysis.panels import MARKERS, by_doubling, grid, look
+from costbp.analysis.panels import COLORS, MARKERS, by_doubling, front_of, grid, look
 from costbp.config.study import Plan
 
 CATEGORIES = (  # of what is beyond weights; bottom to top
@@ -19,7 +19,6 @@ CATEGORIES = (  # of what is beyond weights; bottom to top
 )
 GIB = 2**30
 BYTES, UNITS = "GiB beyond weights", "Forward units a step"
-EQUAL = 0.01  # share by which forward units must differ to count
 
 
 def _models(plan: Plan, frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -73,12 +72,11 @@ def flops(plan: Plan, traces: pd.DataFrame) -> Figure:
 def pareto(plan: Plan, traces: pd.DataFrame) -> Figure:
     """Forward units against bytes beyond weights; the front joins what nothing else beats in both."""
     parts = _models(plan, traces)
-    palette = dict(zip(MARKERS, sns.color_palette("colorblind", 3), strict=True))
 
     def fill(axis: Any, place: int) -> None:
         rows = list(parts.values())[place].assign(x=lambda found: found["beyond"] / GIB)
         for family, part in rows.groupby("family"):
-            look_of = {"marker": MARKERS[family], "color": palette[family]}
+            look_of = {"marker": MARKERS[family], "color": COLORS[family]}
             axis.scatter(part["x"], part["forward_units"], label=family, s=40, **look_of)
         front = front_of(rows)
         axis.step(front["x"], front["forward_units"], where="post", color="0.4", lw=1, zorder=0)
@@ -89,17 +87,6 @@ def pareto(plan: Plan, traces: pd.DataFrame) -> Figure:
         axis.margins(0.15)
 
     return grid(list(parts), fill, size=(4.4, 3.6), x=BYTES, y=UNITS)
-
-
-def front_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows that no other beats in ``beyond`` (bytes) and ``forward_units``, by bytes. Units within 1 %
-    count as equal."""
-    kept, best = [], float("inf")
-    for index, row in rows.sort_values(["beyond", "forward_units"]).iterrows():
-        if row["forward_units"] < best * (1 - EQUAL):
-            kept.append(index)
-            best = row["forward_units"]
-    return rows.loc[kept]
 
 
 def sweeps(plan: Plan, found: pd.DataFrame) -> Figure:

@@ -9,7 +9,7 @@ import pandas as pd
 from costbp.analysis.frames import labelled
 from costbp.analysis.outputs import COSTS
 from costbp.analysis.panels import save
-from costbp.analysis.report import embedded, render
+from costbp.analysis.report import pictures, render
 from costbp.analysis.tables import markdown, si
 from costbp.config.study import Plan
 from costbp.cost.record import Fit, read_costs, read_records
@@ -77,6 +77,6 @@ def write(plan: Plan, folder: Path) -> None:
         costs=plan.study.costs,
         packed=[m.label for m in models if getattr(m.source, "bits", None)],
         table=words,
-        figures={f.name: (f.caption, embedded(folder / f"{f.name}.png")) for f in figures},
+        figures=pictures(figures, folder),
     )
     write_text(folder / "index.html", text)

@@ -18,10 +18,11 @@ class Figure:
     Attributes:
         name: of its files.
         caption: what a reader should know of it.
-        frame: what it is drawn from: runs or curves of a study, or traces, sweeps or fits.
+        frame: what it is drawn from: runs, curves, trials, steps or profiles of a
+            study, or traces, sweeps or fits.
         by: module of this room and function that draws it, from a plan and that frame.
         options: what else the function is given.
-        spread: what shows the range over seeds, where there are several.
+        spread: what shows the interval over seeds, where there are several.
     """
 
     name: str
@@ -39,11 +40,15 @@ class Figure:
 
     def words(self, seeds: int) -> str:
         """The caption, for runs of ``seeds`` seeds."""
-        several = f" Means over seeds; {self.spread} are their range."
+        several = f" Means over seeds; {self.spread} are their 95 % intervals (Student's t)."
         return self.caption + (several if self.spread and seeds > 1 else "")
 
 
 def _curve(name: str, caption: str, x: str, y: str) -> Figure:
+    caption += (
+        " The reference and the best FmAD and ZO methods, chosen on the validation split, stand out; "
+        "a line ends where the first of its seeds ends."
+    )
     return Figure(name, caption, "curves", "figures.curve", {"x": x, "y": y}, "bands")
 
 
@@ -67,16 +72,37 @@ REPORT = (
         "forward_units",
         "validation_loss",
     ),
-    _curve(
-        "loss_seconds", "Validation loss against training seconds.", "seconds", "validation_loss"
-    ),
     Figure(
         "memory_accuracy",
-        "Test accuracy at the end of the budget against the peak memory of a step beyond weights. "
-        "Up and to the left is better.",
+        "Test accuracy at the end of the same budget against the peak memory of a step, beyond "
+        "weights (filled) and with them (hollow). The lines join the methods that no other beats in "
+        "both. Up and to the left is better.",
         "runs",
         "figures.memory_accuracy",
         spread="bars",
+    ),
+    Figure(
+        "tuning",
+        "Validation accuracy in %, against the learning rate: each method's first, shortest trials. "
+        "Dots are the rates that were chosen; in brackets, how many of a method's rates come within "
+        "5 points of its best.",
+        "trials",
+        "figures.tuning",
+    ),
+    Figure(
+        "profiles",
+        "Performance profiles (Dolan and More 2002): in how many of the problems (a model, task, budget "
+        "and seed) a method reaches the target at no more than so many times the least forward units. "
+        "Methods that never do are not drawn.",
+        "profiles",
+        "figures.profile",
+    ),
+    Figure(
+        "jumps",
+        "Directional derivatives of single steps, root mean square over a step's directions: one "
+        "seed of the best FmAD and ZO methods. Jumps are what makes a run unstable.",
+        "steps",
+        "figures.jumps",
     ),
 )
 

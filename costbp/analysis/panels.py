@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -25,11 +26,17 @@ from matplotlib.ticker import FuncFormatter
 from costbp.config.study import Plan
 from costbp.files import atomic
 
+INK, LINE = "#1c2330", "#d3d8e0"  # of text and of grids, which a page replaces by its own
+SVG = {"svg.fonttype": "none", "svg.hashsalt": "costbp"}  # text as text, the same names each time
+GREY = "0.65"  # lines that nothing is said of: on white and on black
 DASHES = {"bp": "", "fmad": (4, 1.5), "zo": (1.2, 1.2)}
 MARKERS = {"bp": "o", "fmad": "s", "zo": "^"}
 PANEL = (4.3, 3.1)  # inches
 LEGEND = 0.27  # inches a row
 ABREAST = 3  # panels
+EMPTY = "Nothing to show: "
+EQUAL = 0.01  # share by which two points of a front must differ
+COLORS = dict(zip(MARKERS, sns.color_palette("colorblind", 3), strict=True))
 READABLE = (0, 1, 2, 3, 4, 5, 7, 9, 6, 8)  # of seaborn's ten, the pale ones last
 
 
@@ -109,7 +116,19 @@ def grid(
         order: of the legend's entries; default: as they are met.
         abreast: entries in a row of the legend.
     """
-    sns.set_theme(context="paper", style="whitegrid", font_scale=1.3)
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    sns.set_theme(
+        context="paper",
+        style="whitegrid",
+        font_scale=1.3,
+        rc=ink
+        | {
+            "grid.color": LINE,
+            "axes.edgecolor": LINE,
+            "svg.fonttype": "none",
+            "svg.hashsalt": "costbp",
+        },
+    )
     columns = min(columns, len(titles))
     lines = -(-len(titles) // columns)
     width, height = size[0] * columns, size[1] * lines
@@ -120,7 +139,7 @@ def grid(
             axis.set_axis_off()
             continue
         draw(axis, place)
-        axis.set_title(titles[place], fontsize=11)
+        axis.set_title(titles[place], fontsize=10)
         if x is not None:
             axis.set_xlabel(x if place + columns >= len(titles) else "")
         if y is not None:
@@ -140,9 +159,14 @@ def grid(
     return figure
 
 
+def nothing(why: str) -> Figure:
+    """A figure of what there is nothing of, which pages leave out."""
+    return grid([EMPTY + why], lambda axis, _: axis.set_axis_off())
+
+
 def wrapped(*lines: str) -> str:
     """Lines of a title or a note, broken where a panel ends."""
-    return "\n".join(fill(line, 44) for line in lines)
+    return "\n".join(fill(line, 52) for line in lines)
 
 
 def by_doubling(*axes: Any) -> None:
@@ -158,10 +182,26 @@ def plain(value: float, _: int = 0) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def front_of(rows: pd.DataFrame, x: str = "beyond", y: str = "forward_units") -> pd.DataFrame:
+    """Rows that no other beats in ``x`` and ``y``, both better when smaller, by ``x``. A ``y`` within
+    1 % counts as equal."""
+    kept, best = [], float("inf")
+    for index, row in rows.sort_values([x, y]).iterrows():
+        if row[y] < best * (1 - EQUAL):
+            kept.append(index)
+            best = row[y]
+    return rows.loc[kept]
+
+
 def save(figure: Figure, path: Path) -> None:
-    """``path`` with the suffixes of PNG and PDF; closes the figure."""
-    for kind in ("png", "pdf"):
+    """``path`` with the suffixes of PNG, PDF and SVG; closes the figure."""
+    for kind, date in (("png", None), ("pdf", "CreationDate"), ("svg", "Date")):
         with atomic(path.with_suffix(f".{kind}")) as temporary:
-            metadata = {"CreationDate": None} if kind == "pdf" else None
-            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+            figure.savefig(
+                temporary,
+                format=kind,
+                dpi=150,
+                metadata={date: None} if date else None,
+                transparent=kind == "svg",
+            )
     plt.close(figure)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from scipy.special import stdtrit
 
 from costbp.analysis.frames import CELL, Frames
 from costbp.config.study import Plan
 from costbp.files import write_text
 
+SETTING = ["model", "task", "budget"]  # within which methods are compared
+NAMES = {"fmad": "FmAD", "zo": "ZO"}
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -28,14 +32,46 @@ def mib(value: float) -> str:
     return f"{value / 2**20:.1f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
 
 
+def interval(values: pd.Series) -> tuple[float, float, float]:
+    """Mean and the ends of its 95 % interval over seeds (Student's t); both ends are the mean where
+    there is but one, all are NaN where there is none."""
+    known = values.dropna()
+    mean = float(known.mean())
+    if len(known) < 2:
+        return mean, mean, mean
+    half = float(stdtrit(len(known) - 1, 0.975) * known.sem())
+    return mean, mean - half, mean + half
+
+
 def spread(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:
-    """Mean with the seeds' minimum and maximum; a dash where there is nothing."""
-    known = values.dropna() * scale
-    if known.empty:
+    """Mean with its 95 % interval over seeds; a dash where there is nothing. A share (a ``scale`` of
+    100) ends at 0 and 100."""
+    mean, low, high = interval(values * scale)
+    if math.isnan(mean):
         return "-"
-    if len(known) == 1:
-        return f"{known.iloc[0]:.{digits}f}"
-    return f"{known.mean():.{digits}f} ({known.min():.{digits}f}-{known.max():.{digits}f})"
+    if values.count() == 1:
+        return f"{mean:.{digits}f}"
+    low, high = max(0.0, low), min(high, 100 if scale == 100 else math.inf)
+    return f"{mean:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def leaders(plan: Plan, runs: pd.DataFrame) -> set[tuple[str, ...]]:
+    """Cells of the reference, and of every other family's best method on each (model, task, budget):
+    that of the highest mean over seeds of the best validation accuracy. A choice, so never by the
+    test split."""
+    found: set[tuple[str, ...]] = {c for c in plan.cells() if c.method == plan.reference}
+    scores = runs[runs["family"] != "bp"].groupby([*CELL, "family"], sort=False)
+    best = scores["best_validation_accuracy"].mean().dropna().reset_index()
+    if len(best):
+        groups = best.groupby([*SETTING, "family"])["best_validation_accuracy"]
+        found |= set(best.loc[groups.idxmax(), CELL].itertuples(index=False, name=None))
+    return found
+
+
+def run_folder(plan: Plan, run: Any) -> Path:
+    """A run's folder in the store."""
+    cell = [getattr(run, name) for name in CELL]
+    return plan.study.paths.store.joinpath(*cell, f"seed={run.seed}-{run.hash}")
 
 
 def numbers(frames: Frames) -> pd.DataFrame:
@@ -51,15 +87,19 @@ def numbers(frames: Frames) -> pd.DataFrame:
         seconds_mean=("seconds", "mean"),
         **{name: (name, "max") for name in ("peak_bytes", "state_bytes", "weights_bytes")},
         optimizer=("optimizer", "first"),
-        outcome=("outcome", _outcomes),
+        outcome=("outcome", outcomes),
         commit=("commit", "first"),
-        **{f"{name}_mean": (name, "mean") for name in further(frames)},
+        **{f"{name}_mean": (name, "mean") for name in further(frames.runs)},
     )
     return table.reset_index()
 
 
-def _outcomes(found: pd.Series) -> str:
-    return ", ".join(sorted(set(found)))
+def outcomes(found: pd.Series) -> str:
+    """Of an experiment's runs, with their numbers where they differ."""
+    counts = found.value_counts()
+    if len(counts) == 1:
+        return str(counts.index[0])
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _named(plan: Plan, model: str, task: str, method: str) -> dict[str, str]:
@@ -69,39 +109,47 @@ def _named(plan: Plan, model: str, task: str, method: str) -> dict[str, str]:
     return dict(zip(("Model", "Task", "Method"), (entry.label for entry in entries), strict=True))
 
 
+def row(runs: pd.DataFrame, columns: list[str]) -> dict[str, Any]:
+    """What an experiment reached and spent, as text; ``columns`` are further metrics and notes."""
+    table = {
+        "Test accuracy, %": spread(runs["test_accuracy"], 100),
+        "Outcome": outcomes(runs["outcome"]),
+        "Steps": f"{runs['steps'].mean():,.0f}",
+        "Forward units": f"{runs['forward_units'].mean():,.0f}",
+        "FLOPs": si(runs["flops"].mean()),
+        "Seconds": f"{runs['seconds'].mean():.1f}",
+        "Peak beyond weights": mib(beyond(runs)),
+        "Peak with weights": mib(beyond(runs) + runs["weights_bytes"].max()),
+        "Test loss": f"{runs['test_loss'].mean():.2f}",
+    }
+    if "arrangement" in columns:
+        table["Kept by"] = ", ".join(dict.fromkeys(runs["arrangement"].fillna(""))) or "-"
+    return table | {f"{words(c)}, %": spread(runs[c], 100) for c in columns if c != "arrangement"}
+
+
 def summary(plan: Plan, frames: Frames) -> pd.DataFrame:
     """One row an experiment as text, for people."""
     return pd.DataFrame(
-        _named(plan, model, task, method)
-        | {
-            "Test accuracy, %": spread(runs["test_accuracy"], 100),
-            "Test loss": spread(runs["test_loss"], digits=2),
-            "Steps": f"{runs['steps'].mean():.0f}",
-            "Forward units": f"{runs['forward_units'].mean():,.0f}",
-            "FLOPs": si(runs["flops"].mean()),
-            "Train seconds": spread(runs["seconds"]),
-            "Peak memory beyond weights": mib((runs["peak_bytes"] + runs["state_bytes"]).iloc[0]),
-            "Outcome": _outcomes(runs["outcome"]),
-        }
+        _named(plan, model, task, method) | row(runs, shown(frames.runs))
         for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False)
     )
 
 
-def further(frames: Frames) -> list[str]:
+def shown(runs: pd.DataFrame) -> list[str]:
+    """Columns of metrics and notes that only some runs have, where these do."""
+    noted = "arrangement" in runs and runs["arrangement"].fillna("").any()
+    return ["arrangement"] * bool(noted) + [c for c in further(runs) if runs[c].notna().any()]
+
+
+def beyond(runs: pd.DataFrame) -> float:
+    """Bytes at the peak of a step beyond the frozen weights."""
+    return float((runs["peak_bytes"] + runs["state_bytes"]).max())
+
+
+def further(runs: pd.DataFrame) -> list[str]:
     """Columns of the test split's metrics beside accuracy and loss."""
     own = ("test_accuracy", "test_loss")
-    return [c for c in frames.runs if c.startswith("test_") and c not in own]
-
-
-def metric_table(plan: Plan, frames: Frames) -> pd.DataFrame:
-    """What benchmarks report beside accuracy, as text: one row an experiment that has any."""
-    columns = further(frames)
-    return pd.DataFrame(
-        _named(plan, model, task, method)
-        | {f"{words(name)}, %": spread(runs[name], 100) for name in columns}
-        for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False)
-        if runs[columns].notna().any(axis=None)
-    )
+    return [c for c in runs if c.startswith("test_") and c not in own]
 
 
 def words(column: str) -> str:
@@ -181,7 +229,11 @@ def scale_line(plan: Plan) -> str:
     return (
         f"Study '{plan.name}' ({plan.study.scale} scale): {' or '.join(map(str, seeds))} "
         f"seed{'s' * (seeds[-1] > 1)}, budget{'s' * (len(budgets) > 1)} of {labels}"
-        + ("; mean and, in brackets, range over seeds." if seeds[-1] > 1 else ".")
+        + (
+            "; mean and, in brackets, 95 % interval over seeds (Student's t)."
+            if seeds[-1] > 1
+            else "."
+        )
     )
 
 
@@ -189,9 +241,7 @@ def write(plan: Plan, frames: Frames, folder: Path) -> None:
     """``summary.{md,csv,tex}`` and ``cost.{md,csv}``."""
     caption = scale_line(plan)
     table = summary(plan, frames)
-    metrics = metric_table(plan, frames)
-    more = "" if metrics.empty else f"\nOther metrics of the test split.\n\n{markdown(metrics)}"
-    write_text(folder / "summary.md", f"{caption}\n\n{markdown(table)}{more}")
+    write_text(folder / "summary.md", f"{caption}\n\n{markdown(table)}")
     write_text(folder / "summary.csv", numbers(frames).to_csv(index=False))
     write_text(folder / "summary.tex", latex(table, caption))
     costs = cost_table(plan, frames)

@@ -181,7 +181,7 @@ def tables(config: Config = None, plan: Frozen = None) -> None:
 
 @app.command()
 def figures(config: Config = None, plan: Frozen = None) -> None:
-    """Draw the figures (PNG and PDF)."""
+    """Draw the figures (PNG, PDF, and SVG for the page)."""
     from costbp.analysis.figures import write
 
     study, frames, folder = results(config, plan)
@@ -197,12 +197,21 @@ def claims(config: Config = None, plan: Frozen = None) -> None:
 
 
 @app.command()
-def report(config: Config = None, plan: Frozen = None) -> None:
+def report(
+    config: Config = None,
+    plan: Frozen = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Rewrite this file's excerpt of the results, too.")
+    ] = None,
+) -> None:
     """Write the self-contained page index.html from tables, figures and claims."""
+    from costbp.analysis.readme import write as write_excerpt
     from costbp.analysis.report import write
 
     study, frames, folder = results(config, plan)
     write(study, frames, folder)
+    if readme is not None:
+        write_excerpt(study, frames, folder, readme)
     print(folder / "index.html")
 
 

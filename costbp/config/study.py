@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from costbp.config.catalog import (
     BudgetEntry,
@@ -22,6 +22,7 @@ from costbp.config.catalog import (
 from costbp.config.claims import Claims
 from costbp.config.costs import Costs
 from costbp.config.entries import Strict, short_hash
+from costbp.config.evaluation import Evaluation
 from costbp.config.insight import Insight
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import OptimizerSpec
@@ -57,31 +58,6 @@ class Block(Strict):
     budgets: tuple[str, ...] = Field(min_length=1, description="Names in budgets.yaml.")
     seeds: tuple[int, ...] | None = Field(
         None, min_length=1, description="Seeds of this block; default: the study's."
-    )
-
-
-class Evaluation(Strict):
-    """When a run is evaluated, and when it counts as diverged."""
-
-    points: tuple[float, ...] = Field(
-        min_length=1, description="Fractions of the budget at which the validation split is scored."
-    )
-    batch_size: int = Field(64, ge=1, description="Examples per evaluation batch.")
-
-    @field_validator("points")
-    @classmethod
-    def _ordered(cls, points: tuple[float, ...]) -> tuple[float, ...]:
-        if list(points) != sorted(set(points)) or points[0] < 0 or points[-1] != 1:
-            raise ValueError("points must rise from 0 or more to exactly 1")
-        return points
-
-    keep: Literal["best", "last"] = Field(
-        "best",
-        description="Which parameters are scored on the test split: those of the evaluation with the "
-        "best validation accuracy (the lower loss among equals), or the last.",
-    )
-    diverged_at: float = Field(
-        10.0, gt=1, description="Smoothed training loss over its first value that ends a run."
     )
 
 

@@ -73,6 +73,16 @@ class State:
     probe: dict[str, Any] | None = None  # of the method's differences
     rows: list[dict[str, float | int | None]] = field(default_factory=list)
 
+    @property
+    def spent(self) -> dict[str, float | int | None]:
+        """What a row says of where it is."""
+        return {
+            "step": self.step,
+            "forward_units": self.units,
+            "flops": self.flops,
+            "seconds": self.seconds,
+        }
+
 
 @dataclass(frozen=True)
 class StepEvent:
@@ -262,14 +272,7 @@ class Run:
 
     def _log(self, loss: float, norm: float, size: float) -> None:
         state = self.state
-        row: dict[str, float | int | None] = {
-            "step": state.step,
-            "forward_units": state.units,
-            "flops": state.flops,
-            "seconds": state.seconds,
-            "loss": loss,
-            "gradient_norm": norm,
-        }
+        row: dict[str, float | int | None] = {**state.spent, "loss": loss, "gradient_norm": norm}
         if not math.isnan(size):
             row["derivative_rms"] = size
         state.rows.append(row)
@@ -289,14 +292,7 @@ class Run:
     def _evaluate(self) -> float:
         found, state = self._score("validation", self.spec.task.scoring), self.state
         state.rows.append(
-            {
-                "step": state.step,
-                "forward_units": state.units,
-                "flops": state.flops,
-                "seconds": state.seconds,
-                "validation_accuracy": found.accuracy,
-                "validation_loss": found.loss,
-            }
+            state.spent | {"validation_accuracy": found.accuracy, "validation_loss": found.loss}
         )
         self._keep(found)
         return found.accuracy

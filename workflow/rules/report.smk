@@ -75,7 +75,11 @@ rule figures:
             caption="../report/figure.rst",
             category="Figures",
         ),
-        expand(REPORTS / "figures" / "{name}.pdf", name=[figure.name for figure in REPORT]),
+        expand(
+            REPORTS / "figures" / "{name}.{kind}",
+            name=[figure.name for figure in REPORT],
+            kind=["pdf", "svg"],
+        ),
     params:
         plan=RESOLVED,
         texts=TEXTS,
