@@ -40,6 +40,7 @@ TASK = {"batch_size": 2, "train": 12, "validation": 4, "test": 5}
 UNITS = 26  # every method takes a step: the dearest, of SVRG, is ten estimates of 2.4 units
 SPENT = {"forward_units": UNITS}
 ONE_STEP = {"forward_units": None, "steps": 1}
+WIDE = {"peak_memory": {"inference": 20.0}}  # of small models most is not what a forward takes
 SHORTER = {"source.config.num_hidden_layers": [1, 2]}
 COMMAND = re.compile(r"^Shell command: (.*costbp .*)$", re.MULTILINE)
 
@@ -61,7 +62,9 @@ def smaller(study: Path, budget: dict[str, Any]) -> dict[str, Any]:
         "entries": {
             "models": SIZES,
             "tasks": dict.fromkeys(tasks, TASK),
-            "budgets": dict.fromkeys(units, budget),
+            "budgets": {
+                name: budget | (WIDE if "peak_memory" in budgets[name] else {}) for name in units
+            },
         },
         "tuning": {"file": "absent.yaml", "first": False},
         "resources": {"gpu": 0, "methods_per_job": 8},

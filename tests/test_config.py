@@ -76,7 +76,7 @@ CEILINGS = {  # what stands there -> words of the refusal
         ("catalog/models.yaml", "asset: minilm}", "asset: minilmm}", ["'minilmm'", "did you mean 'minilm'"]),
         ("catalog/tasks.yaml", "loader: trec", "loader: trek", ["'trek'", "did you mean 'trec'"]),
         ("catalog/tasks.yaml", "batch_size: 8", "batchsize: 8", ["did you mean 'batch_size'"]),
-        ("config.yaml", "[study]", "[studi]", ["experiments[4].methods[0] = 'studi'", "did you mean 'study'"]),
+        ("config.yaml", "[study]", "[studi]", ["experiments[5].methods[0] = 'studi'", "did you mean 'study'"]),
         ("catalog/groups.yaml", "- bp_vanilla", "- bp_vanila", ["methods.study[0] = 'bp_vanila'", "did you mean 'bp_vanilla'"]),
         ("catalog/groups.yaml", "  study:", "  zo_sparse:", ["methods.zo_sparse", "has this name, too"]),
         ("catalog/groups.yaml", "\nmethods:", "\nmethod:", ["unknown key 'method'", "did you mean 'methods'"]),
