@@ -29,8 +29,8 @@ def edit(path: Path, old: str, new: str) -> None:
 
 CEILINGS = {  # what stands there -> words of the refusal
     "0": ["is 0, and wants a size, as 96MB", "1 or more"],
-    "0MB": ["= '0MB'", "a positive number with a unit"],
-    "96XB": ["= '96XB'", "a positive number with a unit, as 24GB"],
+    "0MB": ["= '0MB'", "a number with a unit", "above 0"],
+    "96XB": ["= '96XB'", "a number with a unit, as 24GB"],
     "'96'": ["= '96'", "with a unit"],
     "{inference: 0.9}": ["is {'inference': 0.9}, and wants", "1 or more"],
     "{inference: .inf}": ["1 or more"],

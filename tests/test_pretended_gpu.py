@@ -146,7 +146,9 @@ def test_every_method_takes_the_steps_that_it_takes_on_the_cpu(family):
         assert str(found) == str(wanted), name  # nan is nan
         if family in ("opt", "llama"):
             assert not waits, name
-        assert all("/transformers/" in place for place in waits), (name, waits)
+        # a budget of bytes is fitted by metered steps before the first
+        asked = [place for place in waits if "/costbp/meter.py" not in place]
+        assert all("/transformers/" in place for place in asked), (name, asked)
         for objective, _ in (here, there):
             objective.theta.copy_(start)
 

@@ -17,7 +17,7 @@ def card_bytes(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
     if found is None or not float(found[1]):
-        raise ValueError("wants a positive number with a unit, as 24GB or 512MB")
+        raise ValueError("wants a number with a unit, as 24GB or 512MB, above 0")
     return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2].upper())))
 
 
