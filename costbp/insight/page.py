@@ -223,7 +223,7 @@ def repeats(points: pd.DataFrame) -> str:
 
 
 def write(plan: Plan, folder: Path) -> None:
-    """``points.csv``, figures as PNG and PDF, and the self-contained page ``index.html``."""
+    """``points.csv``, figures as PNG, PDF and SVG, and the self-contained page ``index.html``."""
     points = read(plan)
     write_text(folder / "points.csv", points.to_csv(index=False))
     parts: list[dict[str, Any]] = []
@@ -233,7 +233,7 @@ def write(plan: Plan, folder: Path) -> None:
             continue
         save(draw(rows), folder / name)
         note = f"{repeats(rows)}; bars are 95 % intervals of the mean (Student's t)."
-        picture = (f"{CAPTIONS[name]} {note}", embedded(folder / f"{name}.png"))
+        picture = (f"{CAPTIONS[name]} {note}", embedded(folder / f"{name}.svg"))
         parts.append({"figures": {name: picture}, "said": sentences(points, name)})
     table = curvature_table(points) if (points["question"] == "curvature").any() else None
     if table is not None:
