@@ -11,14 +11,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from costbp.analysis.arms import Evidence, depth
+from costbp.analysis.arms import Arm, Evidence, depth
 from costbp.analysis.claims import judge, page, warnings, write
 from costbp.analysis.finding import Finding, Row, how_worded
 from costbp.analysis.frames import Frames, spikes
 from costbp.analysis.readings import READINGS
 from costbp.analysis.readings.convergence import crossing, profiles
 from costbp.analysis.statistics import ALPHA, OUTSIDE, Sample, aggregate, holm, largest
-from costbp.config import load_plan
+from costbp.config import Cell, load_plan
 from costbp.config.claims import Magnitude
 from tests.conftest import ROOT
 from tests.simulated import SEEDS, Truth, simulate, study
@@ -448,3 +448,24 @@ def test_spikes_are_beyond_ten_times_the_median_before():
     found = spikes(steps)
     assert found["spikes"] == 2
     assert found["spike_loss"] == pytest.approx(np.log(3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("arrangements", "kept"),
+    [
+        (
+            ["1 of 1 blocks kept, whole batch of 8", "6 of 6 blocks kept, 2 micro-batches of 4"],
+            True,
+        ),
+        (["5 of 6 blocks kept, whole batch of 8", "6 of 6 blocks kept, whole batch of 8"], False),
+        (["whole batch of 8"], False),
+        ([""], False),
+        ([None], False),
+    ],
+)
+def test_backpropagation_that_keeps_every_block_under_its_ceiling_is_not_checkpointed(
+    arrangements, kept
+):
+    runs = {seed: {"arrangement": text} for seed, text in enumerate(arrangements)}
+    arm = Arm(Cell("m", "t", "bp_checkpointing", "b"), "BP", tuple(runs), runs, {}, None)
+    assert arm.keeps_all is kept

@@ -274,7 +274,8 @@ def test_the_readme_s_excerpt_is_that_of_the_records(page, tmp_path):
         (frames.runs["method"] == "zo_vanilla") & (frames.runs["model"] == "minilm_lora")
     ]
     assert table["ZO-Vanilla"][0] == spread(of["test_accuracy"], 100) + "*"
-    assert table["a constant answer"] == ["20.0", "20.0"] and len(table) == len(METHODS) + 2
+    assert table["a constant answer"] == ["20.0", "20.0"] and len(table) == len(METHODS) + 3
+    assert all(cell.endswith(" forward units") for cell in table["budget"])
     assert "- Accuracy, holds here (toy): The conclusion of accuracy." in text
     assert "- Undecided: Scale, Rates." in text and "- Not tested here: Device." in text
     assert "Commit abc, def+, x; runs: 50," in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -274,3 +275,10 @@ def test_state_in_the_cost_table_is_that_of_the_tuned_optimiser(plan):
     plain, tuned = (pair_costs(p, model, task, [method])[0] for p in plans)
     assert tuned.state_bytes - plain.state_bytes == 2 * 4 * plain.d + 4
     assert tuned.flops == plain.flops
+
+
+def test_one_lucky_batch_at_the_start_is_no_divergence(plan):
+    run = prepared_run(plan, plan.specs(HEAD)[0])
+    losses = [0.05, *[2.0] * 60]
+    assert all(run._diverged(loss, 1.0) == "" for loss in losses)
+    assert any(run._diverged(10 * math.log(4) * 1.2, 1.0) for _ in range(60))

@@ -71,6 +71,15 @@ class Arm:
         """A figure of each seed's run."""
         return np.array([self.runs[s][name] for s in seeds or self.seeds], dtype=float)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether under a ceiling its runs kept every block, as ``arrangement`` says."""
+        found = {
+            str(run.get("arrangement") or "").partition(" blocks kept")[0]
+            for run in self.runs.values()
+        }
+        return bool(found) and all(len(set(text.split(" of "))) == 1 and text for text in found)
+
     def folders(self, seeds: tuple[int, ...]) -> list[str]:
         return [str(self.runs[s].get("folder", "")) for s in seeds if s in self.runs]
 

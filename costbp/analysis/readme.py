@@ -46,7 +46,11 @@ def table(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
     kept = {m: catalog.methods[m].label for m in counts.index[counts >= len(parts) / 2]}
     for (model, task, budget), part in parts:
         entries = catalog.models[model], catalog.tasks[task], catalog.budgets[budget]
-        cells = columns.setdefault(", ".join(entry.label for entry in entries), {})
+        names = entries[0].label, entries[1].label.partition(" (")[0]
+        name = ", ".join(names)
+        if name in columns:
+            name += f", {entries[2].label}"
+        cells = columns.setdefault(name, {"budget": f"{entries[2].amount:,g} {entries[2].unit}"})
         for method, label in kept.items():
             found = part[part["method"] == method]
             star = "*" * bool((found["outcome"] != "completed").any())

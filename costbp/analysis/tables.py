@@ -225,7 +225,7 @@ def scale_line(plan: Plan) -> str:
     """What the figures rest on, in one sentence."""
     seeds = sorted({len(plan.seeds(cell)) for cell in plan.cells()})
     budgets = dict.fromkeys(cell.budget for cell in plan.cells())
-    labels = " and ".join(plan.catalog.budgets[name].label for name in budgets)
+    labels = "; ".join(plan.catalog.budgets[name].label for name in budgets)
     return (
         f"Study '{plan.name}' ({plan.study.scale} scale): {' or '.join(map(str, seeds))} "
         f"seed{'s' * (seeds[-1] > 1)}, budget{'s' * (len(budgets) > 1)} of {labels}"

@@ -111,7 +111,8 @@ def _ready(pair: Pair, claim: TargetClaim, evidence: Evidence) -> Obstacle | Non
     if claim.measure == "depth" and None in (pair.better.depth, pair.worse.depth):
         return "plain", "a method's sequential depth is not known"
     cell = pair.better.cell
-    if claim.measure == "seconds" and (cell.model, cell.task) in evidence.plain:
+    stored = pair.reference.keeps_all or (cell.model, cell.task) in evidence.plain
+    if claim.measure == "seconds" and stored:
         return "plain", f"{pair.reference.label} recomputes nothing there: it is plain BP"
     return None
 
