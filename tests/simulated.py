@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from costbp.analysis.arms import depth
+from costbp.analysis.arms import Evidence, depth
+from costbp.analysis.claims import judge
 from costbp.analysis.frames import Frames
 from costbp.config.study import Block, Plan
 
@@ -128,3 +129,18 @@ def simulate(
         | {"validation_accuracy": accuracy, "validation_loss": loss}
     )
     return Frames(pd.DataFrame(runs), curves, pd.DataFrame())
+
+
+def found(plan, frames, traces=None) -> dict[str, dict]:
+    return {claim["id"]: claim for claim in judge(Evidence(plan, frames, traces or {}))}
+
+
+def only(plan, *names, **update):
+    """A plan with some claims alone, one of which may be changed."""
+    claims = {name: plan.claims[name].model_copy(update=update) for name in names}
+    return plan.model_copy(update={"claims": claims})
+
+
+def others(truth: Truth, plan) -> dict[str, Truth]:
+    methods = plan.catalog.methods
+    return {name: truth for name, entry in methods.items() if entry.family != "bp"}

@@ -279,6 +279,8 @@ class Finding:
             return _MENDS[next(k for k in _MENDS if k in kinds)]
         wanted = math.ceil(DECIDED * total) - decided
         open_ = [row for row, side in zip(self.rows, sides, strict=True) if side == "undecided"]
+        if all(row.sample.exact for row in open_):
+            return self.takes or "comparisons that are no ties: they are counted, and stay so"
         seeds = sorted(row.sample.seeds_needed(ALPHA / len(self.rows)) for row in open_)[wanted - 1]
         if seeds > MANY:
             return (

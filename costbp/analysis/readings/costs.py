@@ -117,10 +117,9 @@ def largest_model(evidence: Evidence, claim: LargestClaim) -> Finding:
             last = [
                 fits[name][-1] if fits[name] else "none" for name in (traced.methods[0], method)
             ]
+            # the same model of both decides nothing: sizes between those that are listed may differ
             measured = Measured(
-                Sample(np.array([more or -1e-9]), exact=True),
-                f"{last[0]} against {last[1]}",
-                shift=0.0 if more else 1e-9,
+                Sample(np.array([float(more)]), exact=True), f"{last[0]} against {last[1]}"
             )
             cell = Cell(last[0], "", traced.methods[0], memory)
             finding.add(measured, f"{labels[0]} against {label}, {memory}", cell, method, [])
