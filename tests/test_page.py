@@ -312,3 +312,15 @@ def test_further_metrics_stand_where_runs_have_them(plan):
     assert (table != "-").sum() == 1 and "50.0 (50.0-50.0)" in set(table)
     first, second = (setting["rows"] for setting in report.settings(plan, frames))
     assert "Exact match, %" in first and "Exact match, %" not in second
+
+
+def test_what_a_drawing_says_keeps_its_digits_on_the_page(tmp_path):
+    file = tmp_path / "a.svg"
+    file.write_text(
+        '<?xml?><svg><path d="M 1.23456 7.65432"/><text x="3.14159">sgd 0.00178</text>'
+        '<a xlink:href="../../runs/m#BP, loss 0.00316 (0.00271-0.00361)" target="_blank"><g/></a></svg>'
+    )
+    drawing = str(report.embedded(file))
+    assert ">sgd 0.00178<" in drawing
+    assert "<title>BP, loss 0.00316 (0.00271-0.00361)</title>" in drawing
+    assert 'd="M 1.23 7.65"' in drawing and 'x="3.14"' in drawing

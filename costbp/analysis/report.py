@@ -38,6 +38,9 @@ Claims = list[dict[str, Any]]
 DECIDED, UNTESTED = ("holds here", "does not hold here"), "not tested here"
 ROOM = 4_000_000  # characters of drawings on a page
 LEADING = re.compile(r"^[<>=≥≤ ]*([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)(?: ?(KiB|MiB|GiB|[kMGTP])\b)?")
+PLACES = re.compile(
+    r' (?:d|x|y|points|transform)="[^"]*"'
+)  # attributes of an SVG that hold numbers alone
 FACTOR = {name: 1024.0**n for n, name in enumerate(("KiB", "MiB", "GiB"), 1)}
 FACTOR |= {name: 1000.0**n for n, name in enumerate("kMGTP", 1)}
 
@@ -200,7 +203,7 @@ def embedded(picture: Path) -> Markup:
 
     text = picture.read_text(encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r"(\.\d\d)\d+", r"\1", text)  # hundredths of a point
+    text = PLACES.sub(lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), text)  # hundredths of a point
     text = re.sub(r'\n\s+|font-family: [^;"]*;? ?', lambda m: m[0][:1].strip("f"), text)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the page's names are not a figure's
     text = re.sub(r'<a xlink:href="([^"]*)"[^>]*>', anchor, text)
