@@ -10,42 +10,28 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pydantic import BaseModel
 
-from costbp.config import (
-    catalog,
-    claims,
-    costs,
-    insight,
-    load_plan,
-    methods,
-    optimizer,
-    parts,
-    sources,
-    study,
-    tuning,
-)
+from costbp.config import load_plan
+from costbp.config.claims import Compared, Stated
 from costbp.config.entries import Entry
+from costbp.config.insight import Measured
 from costbp.config.methods import BackpropSpec, MethodEntry, ProjectedSpec
 from costbp.config.shares import Shares
+from costbp.config.sources import Source
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES: tuple[ModuleType, ...] = (
-    catalog,
-    claims,
-    costs,
-    insight,
-    methods,
-    optimizer,
-    parts,
-    sources,
-    study,
-    tuning,
-)
+MODULES = [
+    import_module(f"costbp.config.{name}")
+    for name in (
+        *("catalog", "claims", "costs", "evaluation", "insight", "methods", "optimizer", "parts"),
+        *("resources", "sources", "study", "tuning"),
+    )
+]
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 WORDS = {"object": "mapping", "string": "text", "boolean": "true, false", "null": "null"}
@@ -68,7 +54,7 @@ def table_of(model: type[BaseModel]) -> str:
     """A row for each key of a class: what it may hold, its default, what it means."""
     shared = {
         name
-        for base in (Entry, sources.Source, claims.Stated, claims.Compared, insight.Measured)
+        for base in (Entry, Source, Stated, Compared, Measured)
         if issubclass(model, base) and model is not base
         for name, field in base.model_fields.items()
         if model.model_fields[name].default == field.default
