@@ -18,7 +18,8 @@ from costbp.analysis import figures, readme, report
 from costbp.analysis.frames import Frames
 from costbp.analysis.outputs import REPORT
 from costbp.analysis.panels import EMPTY
-from costbp.analysis.tables import interval, leaders, run_folder, spread, summary
+from costbp.analysis.statistics import interval
+from costbp.analysis.tables import leaders, run_folder, spread, summary
 from costbp.config import load_plan
 from costbp.config.study import Block
 from costbp.config.tuning import Trial

@@ -33,7 +33,8 @@ from costbp.analysis.panels import (
     wrapped,
 )
 from costbp.analysis.readings.convergence import profiles
-from costbp.analysis.tables import NAMES, SETTING, beyond, interval, leaders, mib, run_folder
+from costbp.analysis.statistics import interval
+from costbp.analysis.tables import NAMES, SETTING, beyond, leaders, mib, run_folder
 from costbp.config.study import Plan
 from costbp.train.record import STEPS
 
@@ -108,7 +109,7 @@ def curve(plan: Plan, frame: pd.DataFrame, x: str, y: str) -> Figure:
             place = part.groupby("seed").cumcount()
             points = part.groupby(place).agg({x: "mean", y: list, "seed": "size"})
             points = points[points["seed"] == part["seed"].nunique()]
-            found = [interval(pd.Series(values) * scale) for values in points[y]]
+            found = [interval(np.multiply(values, scale)) for values in points[y]]
             mean, low, high = np.array(found).reshape(-1, 3).T
             at = points[x].to_numpy()
             if not part["leads"].iloc[0]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 ALPHA = 0.01  # at which a claim's comparisons are decided, all of them together
 OUTSIDE = 0.05  # of intervals, simultaneous ones too
@@ -84,6 +85,20 @@ def quantile(level: float, freedom: float) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, level))
+
+
+def interval(values: ArrayLike) -> tuple[float, float, float]:
+    """Mean and the ends of its 95 % interval (Student's t), NaN left out; both ends are the mean where
+    values are one or don't differ, all are NaN where there is none."""
+    found = np.asarray(values, dtype=float)
+    found = found[~np.isnan(found)]
+    if not len(found):
+        return math.nan, math.nan, math.nan
+    mean, half = float(found.mean()), 0.0
+    if len(found) > 1:
+        error = float(found.std(ddof=1)) / math.sqrt(len(found))
+        half = quantile(1 - OUTSIDE / 2, len(found) - 1) * error
+    return mean, mean - half, mean + half
 
 
 def holm(found: Sequence[float]) -> list[float]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy.special import stdtrit
 
 from costbp.analysis.frames import CELL, Frames
+from costbp.analysis.statistics import interval
 from costbp.config.study import Plan
 from costbp.files import write_text
 
@@ -30,17 +30,6 @@ def si(value: float) -> str:
 def mib(value: float) -> str:
     """Bytes as MiB or KiB."""
     return f"{value / 2**20:.1f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
-
-
-def interval(values: pd.Series) -> tuple[float, float, float]:
-    """Mean and the ends of its 95 % interval over seeds (Student's t); both ends are the mean where
-    there is but one, all are NaN where there is none."""
-    known = values.dropna()
-    mean = float(known.mean())
-    if len(known) < 2:
-        return mean, mean, mean
-    half = float(stdtrit(len(known) - 1, 0.975) * known.sem())
-    return mean, mean - half, mean + half
 
 
 def spread(values: pd.Series, scale: float = 1.0, digits: int = 1) -> str:

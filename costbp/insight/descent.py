@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from costbp.analysis.statistics import interval
 from costbp.config.insight import Insight
 from costbp.insight.curvature import spectrum
-from costbp.insight.points import Point, interval
+from costbp.insight.points import Point
 from costbp.insight.problems import Bench
 from costbp.objective import Key
 from costbp.theory.descent import slow_down

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field
 
+from costbp.analysis.statistics import interval
 from costbp.config.entries import Strict
 from costbp.config.insight import Insight
 from costbp.config.study import Plan
 from costbp.errors import UserError
 
 Question = Literal["cosine", "error", "rate", "slow_down", "curvature"]
-LEVEL = 0.95
 
 
 class Point(Strict):
@@ -46,18 +45,6 @@ class Point(Strict):
         mean, low, high = (math.exp(value) for value in found) if factors else found
         last = None if about.get("given_up") else high
         return cls(repeats=len(values), measured=mean, low=low, high=last, **about)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by Student's t; the mean alone where values don't differ."""
-    from scipy import stats
-
-    mean = float(np.mean(values))
-    error = float(stats.sem(values)) if len(values) > 1 else 0.0
-    if not error > 0:
-        return mean, mean, mean
-    low, high = stats.t.interval(LEVEL, len(values) - 1, loc=mean, scale=error)
-    return mean, float(low), float(high)
 
 
 def settings(plan: Plan) -> Insight:
