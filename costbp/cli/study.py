@@ -101,25 +101,15 @@ def train(
     out: Out = None,
 ) -> None:
     """Run experiments, seed after seed. Finished seeds are kept, interrupted ones continue."""
+    from costbp.tracking.mlflow_store import live
     from costbp.train.experiment import run_specs, write_manifest
-    from costbp.train.record import Record
 
     study = load(config, plan)
     names = dict.fromkeys(name.strip() for name in methods.split(","))
     cells = [cell_of(study, model, task, name, budget) for name in names]
 
-    def track_run(record: Record) -> None:
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            return  # importing MLflow takes seconds: the local store is filled once, at the end
-        from costbp.tracking.mlflow_store import log_records
-
-        try:
-            log_records(study, [record])
-        except UserError as error:
-            say(f"warning: {error}")
-
     specs = [study.spec(cell, s) for cell in cells for s in (seed or study.seeds(cell))]
-    records = run_specs(study, specs, force=force, done=track_run)
+    records = run_specs(study, specs, force=force, done=live(study))
     if out is not None:
         write_manifest(out, records, study.study.paths.store)
 
@@ -219,11 +209,11 @@ def report(
 def track(config: Config = None, plan: Frozen = None, out: Out = None) -> None:
     """Bring MLflow up to date with the run store; logs nothing twice."""
     from costbp.files import write_json
-    from costbp.tracking.mlflow_store import sync, tracking_uri
+    from costbp.tracking.mlflow_store import sync, tracking_uri, without_secrets
 
     study = load(config, plan)
     added, finished = sync(study)
-    print(f"{added} of {finished} runs added to {tracking_uri(study)}")
+    print(f"{added} of {finished} runs added to {without_secrets(tracking_uri(study))}")
     if out is not None:
         write_json(out, {"study": study.name, "runs": finished})
 

@@ -7,156 +7,249 @@ time stamps, so logging twice adds nothing.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-import pandas as pd
+from costbp.config.entries import short_hash
+from costbp.config.study import Cell, Plan, RunSpec
+from costbp.console import say
+from costbp.errors import UserError, first_line
+from costbp.files import ensure_folder, lock, sha256
+from costbp.tracking.database import prepare
+from costbp.tracking.entries import LAYOUT, Seed, means, place
+from costbp.train.record import CHECKPOINT, Record, read_record
 
-from costbp.config.study import Cell, Plan
-from costbp.errors import UserError
-from costbp.files import ensure_folder, lock
-from costbp.train.record import RECORD, STEPS, Record, read_record
-
+URI = "MLFLOW_TRACKING_URI"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # its own waits minutes for a dead server
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
-KEY = "costbp.key"
-POINTS = 200  # logged values a metric; every step is in the artifact steps.parquet
+KEY, FORM, DIGEST = "costbp.key", "costbp.layout", "costbp.digest"
 CHUNK = 1000  # MLflow's limit of metrics a call
+PATIENCE = 10.0  # seconds that a training process waits for a tracking server, once
+REPORT = ("index.html", "claims.md", "claims.json", "tables/*", "figures/*.png")
+TRAINING = {  # tags of an experiment: the UI opens its view of training runs, not that of GenAI
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.name": "final.test_accuracy",
+}
 
 
 def tracking_uri(plan: Plan) -> str:
     """``MLFLOW_TRACKING_URI`` where set, else the study's local SQLite database."""
-    local = f"sqlite:///{(plan.study.paths.mlflow / 'mlflow.db').resolve()}"
-    return os.environ.get("MLFLOW_TRACKING_URI") or local
+    return os.environ.get(URI) or f"sqlite:///{_own(plan)}"
+
+
+def _own(plan: Plan) -> Path:
+    return (plan.study.paths.mlflow / "mlflow.db").resolve()
+
+
+def without_secrets(text: str) -> str:
+    """A text whose addresses have lost their user and password."""
+    return re.sub(r"://[^/@\s]*@", "://", text)
 
 
 def sync(plan: Plan) -> tuple[int, int]:
-    """Bring MLflow up to date with the study's finished runs; returns (added, finished).
+    """Bring MLflow up to date with the study's runs and its report; returns (added, finished).
 
     Raises:
         UserError: the tracking server can't be reached or refuses.
     """
-    records = []
-    for spec in (spec for cell in plan.cells() for spec in plan.specs(cell)):
-        with contextlib.suppress(ValueError):  # a damaged record is computed again by the workflow
-            records.append(read_record(spec.folder(plan.study.paths.store)))
-    found = [record for record in records if record is not None]
-    return (log_records(plan, found) if found else 0), len(found)
+    seeds = list(_seeds(plan, (spec for cell in plan.cells() for spec in plan.specs(cell))))
+    with _told(plan) as shelf:
+        added = shelf.put(seeds) if seeds else 0
+        shelf.put_report()
+    return added, sum(seed.record is not None for seed in seeds)
 
 
-def database(uri: str) -> Path | None:
-    """The file behind a SQLite URI, None for anything else."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+def live(plan: Plan) -> Callable[[Record], None]:
+    """What logs a run as it ends, where a tracking server is named. One that fails is asked no more:
+    the run store holds what it missed."""
+    served = bool(os.environ.get(URI))
+
+    def log(record: Record) -> None:
+        nonlocal served
+        if not served:
+            return  # importing MLflow takes seconds: the local store is filled once, at the end
+        import mlflow.tracking  # not within the seconds below
+
+        flaw = f"no answer within {PATIENCE:.0f} seconds"
+
+        def work() -> None:
+            nonlocal flaw
+            try:
+                specs = {spec.hash: spec for spec in plan.specs(Cell(*record.spec.cell))}
+                seeds = _seeds(plan, (specs | {record.hash: record.spec}).values())
+                with _told(plan) as shelf:
+                    shelf.put([seed for seed in seeds if seed.record is not None])
+                flaw = ""
+            except Exception as error:
+                flaw = first_line(error)
+
+        thread = Thread(target=work, daemon=True)  # whatever a driver waits for, training goes on
+        thread.start()
+        thread.join(PATIENCE)
+        if flaw:
+            served = False
+            where = without_secrets(mlflow.tracking.get_tracking_uri())
+            say(
+                f"warning: MLflow at {where} is not told of this and later runs of this process "
+                f"({flaw}); `costbp track` logs them from the run store"
+            )
+
+    return log
 
 
-def experiment_id(plan: Plan, uri: str) -> str:
-    """The MLflow experiment of a study, created with its database at the first call.
-
-    Creation happens under a lock, since several at once fail in the migrations. WAL mode lets the
-    UI read, and other jobs write, while one writes.
-    """
-    from mlflow.tracking import MlflowClient
-
-    root = ensure_folder(plan.study.paths.mlflow)
-    with lock(root / ".lock"):
-        client = MlflowClient(uri)
-        experiment = client.get_experiment_by_name(plan.name)
-        if experiment is not None:
-            return str(experiment.experiment_id)
-        path, artifacts = database(uri), None
-        if path is not None:
-            with sqlite3.connect(path) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")
-            artifacts = ensure_folder(root / "artifacts" / plan.name).resolve().as_uri()
-        return str(client.create_experiment(plan.name, artifact_location=artifacts))
+def _seeds(plan: Plan, specs: Iterable[RunSpec]) -> Iterator[Seed]:
+    """Runs that have finished or were interrupted. A damaged record is computed again by the
+    workflow."""
+    for spec in specs:
+        folder = spec.folder(plan.study.paths.store)
+        with contextlib.suppress(ValueError):
+            record = read_record(folder)
+            if record is None and (folder / CHECKPOINT).exists():
+                with lock(folder / ".lock", wait=False) as free:
+                    if free:
+                        yield Seed(spec, folder, None)
+            elif record is not None:
+                yield Seed(spec, folder, record)
 
 
-def log_records(plan: Plan, records: Sequence[Record]) -> int:
-    """Bring MLflow up to date with ``records``; returns how many runs were added.
-
-    Raises:
-        UserError: the tracking server can't be reached or refuses.
-    """
+@contextlib.contextmanager
+def _told(plan: Plan) -> Iterator[_Shelf]:
+    """The study's experiment in MLflow; what MLflow raises becomes one line."""
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
 
-    uri = tracking_uri(plan)
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they print what they raise, too
     try:
-        experiment = experiment_id(plan, uri)
-        client = MlflowClient(uri)
-        return sum(_log(client, experiment, plan, record) for record in records)
-    except (MlflowException, OSError, sqlite3.Error) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"MLflow at {uri}: {reason}; `costbp track` repeats the logging") from error
+        yield _Shelf(plan)
+    except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error) as error:
+        where = f"MLflow at {tracking_uri(plan)}: {first_line(error)}"
+        raise UserError(f"{without_secrets(where)}; `costbp track` repeats the logging") from error
 
 
-def _log(client: Any, experiment: str, plan: Plan, record: Record) -> bool:
-    key = f"{'/'.join(record.spec.cell)}/{record.spec.seed}-{record.hash}"
-    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-    if found and found[0].info.status in ("FINISHED", "FAILED"):
-        return False
-    when = int(record.finished.timestamp() * 1000)
-    start = when - int(1000 * (record.summary.seconds + record.summary.evaluation_seconds))
-    if found:
-        run_id = found[0].info.run_id
-    else:
-        name = f"{'/'.join(record.spec.cell)} seed {record.spec.seed}"
-        tags = {KEY: key, **_tags(plan, record)}
-        run_id = client.create_run(experiment, start, tags, run_name=name).info.run_id
-    folder = record.spec.folder(plan.study.paths.store)
-    metrics = list(_metrics(record, pd.read_parquet(folder / STEPS), start))
-    params = _params(record)
-    for first in range(0, max(len(metrics), 1), CHUNK):
-        client.log_batch(run_id, metrics[first : first + CHUNK], params if first == 0 else [])
-    for name in (RECORD, STEPS):
-        client.log_artifact(run_id, str(folder / name))
-    client.set_terminated(run_id, "FAILED" if record.outcome == "failed" else "FINISHED", when)
-    return True
+class _Shelf:
+    """An MLflow experiment, made at the first call, and the runs of ours in it by key."""
+
+    def __init__(self, plan: Plan) -> None:
+        from mlflow.tracking import MlflowClient
+
+        uri, root = tracking_uri(plan), ensure_folder(plan.study.paths.mlflow)
+        self.plan, self.lock, artifacts = plan, root / ".create.lock", None
+        if uri.startswith("sqlite:///"):
+            artifacts = ensure_folder(root / "artifacts" / plan.name).resolve().as_uri()
+        if uri == f"sqlite:///{_own(plan)}":
+            prepare(_own(plan))
+        self.client = MlflowClient(uri)
+        self.experiment = self._experiment(artifacts)
+        self.known: dict[str, Any] = {}
+
+    def _experiment(self, artifacts: str | None) -> str:
+        tags = TRAINING | {"mlflow.note.content": self.plan.study.description}
+        with lock(self.lock):
+            found = self.client.get_experiment_by_name(self.plan.name)
+            if found is None:
+                return str(self.client.create_experiment(self.plan.name, artifacts, tags))
+        for name in tags.keys() - found.tags.keys():
+            self.client.set_experiment_tag(found.experiment_id, name, tags[name])
+        return str(found.experiment_id)
+
+    def put(self, seeds: Sequence[Seed]) -> int:
+        """Bring runs up to date, each below its experiment's; returns how many finished ones were
+        added."""
+        cells: dict[tuple[str, ...], list[Seed]] = {}
+        for seed in seeds:
+            cells.setdefault(seed.spec.cell, []).append(seed)
+        self._look(next(iter(cells)) if len(cells) == 1 else None)
+        return sum(self._put_cell(cell, group) for cell, group in cells.items())
+
+    def _look(self, cell: tuple[str, ...] | None) -> None:
+        """Find what is there, of one experiment or of all."""
+        names = Cell(*cell)._asdict() if cell else {}
+        where = " and ".join(f"tags.{name} = '{value}'" for name, value in names.items())
+        token: str | None = ""
+        while token is not None:
+            page = self.client.search_runs(
+                [self.experiment], where, max_results=1000, page_token=token or None
+            )
+            self.known |= {run.data.tags.get(KEY, ""): run for run in page}
+            token = page.token or None
+
+    def _put_cell(self, cell: tuple[str, ...], seeds: list[Seed]) -> int:
+        records = [seed.record for seed in seeds if seed.record is not None]
+        key, end = "/".join(cell), max(seed.end for seed in seeds)
+        names = Cell(*cell)._asdict() | {"study": self.plan.name}
+        found = self.known.get(key)
+        parent = (
+            found.info.run_id
+            if found
+            else self._create(key, f"{cell[2]} {place(cell)}", min(s.start for s in seeds), names)
+        )
+        added = sum(self._put_seed(seed, parent) for seed in seeds)
+        state = short_hash([f"{seed.key} {seed.end}" for seed in seeds])
+        if found is None or found.data.tags.get(DIGEST) != state:
+            self._fill(parent, list(means(records)))
+            self.client.set_tag(parent, DIGEST, state)
+            self.client.set_terminated(parent, "FINISHED", end)
+        return added
+
+    def _put_seed(self, seed: Seed, parent: str) -> bool:
+        found = self.known.get(seed.key)
+        if found is not None:
+            is_it = found.data.tags.get(FORM) == LAYOUT and found.info.start_time == seed.start
+            if is_it and found.info.status != "RUNNING":
+                return False
+            if not is_it:  # run again since, taken up after an interruption, or an older layout
+                self.client.delete_run(found.info.run_id)
+        tags = seed.tags(self.plan) | {"mlflow.parentRunId": parent}
+        run = self._create(seed.key, seed.name, seed.start, tags)
+        self._fill(run, list(seed.metrics()), seed.params())
+        for path in seed.artifacts():
+            self.client.log_artifact(run, str(path))
+        self.client.set_terminated(run, seed.status, seed.end)
+        return seed.record is not None
+
+    def put_report(self) -> None:
+        """Attach the study's report, where there is one, to a run of the study's own."""
+        root = self.plan.study.paths.reports
+        files = sorted(path for name in REPORT for path in root.glob(name))
+        if not files:
+            return
+        state, start = short_hash([sha256(path) for path in files]), _changed(files)
+        run = self._create(
+            "report", f"report of {self.plan.name}", start, {"study": self.plan.name}
+        )
+        if self.client.get_run(run).data.tags.get(DIGEST) == state:
+            return
+        for path in files:
+            folder = path.parent.relative_to(root)
+            self.client.log_artifact(run, str(path), None if folder == Path() else str(folder))
+        self.client.set_tag(run, DIGEST, state)
+        self.client.set_terminated(run, "FINISHED", start)
+
+    def _create(self, key: str, name: str, start: int, tags: Mapping[str, str]) -> str:
+        """The id of the run with a key, which processes at the same time create once."""
+        with lock(self.lock):
+            where = f"tags.`{KEY}` = '{key}'"
+            for run in self.client.search_runs([self.experiment], where, max_results=1):
+                return str(run.info.run_id)
+            every = {**tags, KEY: key, FORM: LAYOUT}
+            return str(self.client.create_run(self.experiment, start, every, name).info.run_id)
+
+    def _fill(self, run: str, metrics: list[Any], params: Mapping[str, Any] | None = None) -> None:
+        from mlflow.entities import Param
+
+        given = [Param(name, str(value)[:6000]) for name, value in (params or {}).items()]
+        for first in range(0, max(len(metrics), 1), CHUNK):
+            self.client.log_batch(run, metrics[first : first + CHUNK], () if first else given)
 
 
-def _tags(plan: Plan, record: Record) -> dict[str, str]:
-    facts = record.environment
-    return {
-        "study": plan.name,
-        **Cell(*record.spec.cell)._asdict(),
-        "method_family": record.spec.method.family,
-        "spec_hash": record.hash,
-        "outcome": record.outcome,
-        **{name: facts.get(name, "unknown") for name in ("commit", "device")},
-    }
-
-
-def _params(record: Record) -> list[Any]:
-    from mlflow.entities import Param
-
-    spec = record.spec
-    parts = {name: getattr(spec, name).identity() for name in ("model", "task", "method", "budget")}
-    parts["optimizer"] = spec.optimizer.model_dump(mode="json")
-    flat = {"seed": spec.seed, **dict(_flat("", parts))}
-    return [Param(name, str(value)[:6000]) for name, value in flat.items()]
-
-
-def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(f"{prefix}{name}.", value)
-        else:
-            yield prefix + name, value
-
-
-def _metrics(record: Record, steps: pd.DataFrame, start: int) -> Iterator[Any]:
-    from mlflow.entities import Metric
-
-    columns = [c for c in steps.columns if c not in ("step", "seconds")]
-    for column in columns:
-        values = steps[steps[column].notna()]
-        stride = 1 if column.startswith("validation_") else max(1, len(values) // POINTS)
-        for row in values.iloc[::stride][["step", "seconds", column]].itertuples(index=False):
-            yield Metric(column, float(row[2]), start + int(1000 * row[1]), int(row[0]))
-    when = int(record.finished.timestamp() * 1000)
-    for name, value in record.summary.figures().items():
-        if isinstance(value, int | float):
-            yield Metric(f"final.{name}", float(value), when, record.summary.steps)
+def _changed(files: Sequence[Path]) -> int:
+    return int(1000 * max(path.stat().st_mtime for path in files))

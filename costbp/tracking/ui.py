@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+from types import FrameType
 
 from costbp.config.study import Plan
 from costbp.errors import UserError
-from costbp.tracking.mlflow_store import database, sync, tracking_uri
+from costbp.tracking.mlflow_store import sync, tracking_uri, without_secrets
 
 HOST = "127.0.0.1"
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve(plan: Plan, port: int) -> None:
@@ -21,8 +25,9 @@ def serve(plan: Plan, port: int) -> None:
         UserError: the port is taken, or no run has finished yet.
     """
     uri = tracking_uri(plan)
-    if database(uri) is None:
-        raise UserError(f"MLFLOW_TRACKING_URI is {uri}: open that server's own UI in a browser")
+    if not uri.startswith("sqlite:///"):
+        where = without_secrets(uri)
+        raise UserError(f"MLFLOW_TRACKING_URI is {where}: open that server's own UI in a browser")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -36,5 +41,27 @@ def serve(plan: Plan, port: int) -> None:
         raise UserError(f"study '{plan.name}': no run has finished yet; run `snakemake` first")
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--host", HOST, "--port", str(port), "--workers", "1"]
     print(f"{finished} runs at http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
-    subprocess.run([*command, "--host", HOST, "--port", str(port)], env=environment, check=False)
+    sys.exit(_run(command, environment))
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """Run a server, which starts processes of its own, until it or this process is told to end; none
+    of them remains. Returns the exit code."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    for number in ENDS:
+        signal.signal(number, end)
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return server.wait()
+    finally:
+        for number in ENDS:
+            signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(server.pid, number)
+                server.wait(5)

@@ -24,22 +24,6 @@ rule aggregate:
         "costbp aggregate --plan {params.plan} > {log} 2>&1"
 
 
-rule track:
-    input:
-        rules.aggregate.output,
-    output:
-        RESULTS / "track.json",
-    params:
-        plan=RESOLVED,
-    log:
-        LOGS / "track.log",
-    localrule: True
-    message:
-        "completing the MLflow store"
-    shell:
-        "costbp track --plan {params.plan} --out {output} > {log} 2>&1"
-
-
 rule tables:
     input:
         rules.aggregate.output,
@@ -153,3 +137,19 @@ rule report:
         "writing {output}"
     shell:
         "costbp report --plan {params.plan} > {log} 2>&1"
+
+
+rule track:
+    input:
+        rules.report.output,
+    output:
+        RESULTS / "track.json",
+    params:
+        plan=RESOLVED,
+    log:
+        LOGS / "track.log",
+    localrule: True
+    message:
+        "completing the MLflow store"
+    shell:
+        "costbp track --plan {params.plan} --out {output} > {log} 2>&1"
