@@ -76,9 +76,9 @@ def live(plan: Plan) -> Callable[[Record], None]:
         nonlocal served
         if not served:
             return  # importing MLflow takes seconds: the local store is filled once, at the end
-        import mlflow.tracking  # not within the seconds below
+        import mlflow.tracking  # noqa: F401  (not within the seconds below)
 
-        flaw = f"no answer within {PATIENCE:.0f} seconds"
+        flaw = _refusal(plan, f"no answer within {PATIENCE:.0f} seconds")
 
         def work() -> None:
             nonlocal flaw
@@ -89,18 +89,14 @@ def live(plan: Plan) -> Callable[[Record], None]:
                     shelf.put([seed for seed in seeds if seed.record is not None])
                 flaw = ""
             except Exception as error:
-                flaw = first_line(error)
+                flaw = str(error) if isinstance(error, UserError) else _refusal(plan, error)
 
         thread = Thread(target=work, daemon=True)  # whatever a driver waits for, training goes on
         thread.start()
         thread.join(PATIENCE)
         if flaw:
             served = False
-            where = without_secrets(mlflow.tracking.get_tracking_uri())
-            say(
-                f"warning: MLflow at {where} is not told of this and later runs of this process "
-                f"({flaw}); `costbp track` logs them from the run store"
-            )
+            say(f"warning: {flaw}; nor are later runs of this process logged")
 
     return log
 
@@ -131,8 +127,14 @@ def _told(plan: Plan) -> Iterator[_Shelf]:
     try:
         yield _Shelf(plan)
     except (MlflowException, SQLAlchemyError, OSError, sqlite3.Error) as error:
-        where = f"MLflow at {tracking_uri(plan)}: {first_line(error)}"
-        raise UserError(f"{without_secrets(where)}; `costbp track` repeats the logging") from error
+        raise UserError(_refusal(plan, error)) from error
+
+
+def _refusal(plan: Plan, reason: BaseException | str) -> str:
+    said = first_line(reason) if isinstance(reason, BaseException) else reason
+    said = re.sub(r""".*Caused by \w+\(["'].*?\): (.*)["']\)\).*""", r"\1", said)  # of requests
+    where = f"MLflow at {tracking_uri(plan)}: {said}; `costbp track` logs what is missing"
+    return without_secrets(where)
 
 
 class _Shelf:
