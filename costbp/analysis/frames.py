@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from costbp.config.study import Plan
-from costbp.cost.record import read_costs
+from costbp.config.study import Cell, Plan, RunSpec
+from costbp.cost.record import CostRecord, read_costs
 from costbp.errors import UserError
 from costbp.files import atomic
 from costbp.train.record import STEPS, Record, read_record
@@ -20,6 +22,31 @@ RUNS, CURVES, COSTS = "runs.parquet", "curves.parquet", "costs.parquet"
 CELL = ["model", "task", "method", "budget"]
 SPIKE, WINDOW = 10, 100  # times the median of so many steps
 EVALUATED = ["step", "forward_units", "flops", "seconds", "validation_accuracy", "validation_loss"]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a partial report lacks.
+
+    Attributes:
+        runs: one row a run that failed or isn't in the store: cell, seed, reason.
+        costs: model/task of costs that were not counted.
+        planned: runs of the whole study.
+        command: computes what is missing.
+    """
+
+    runs: pd.DataFrame
+    costs: list[str]
+    planned: int
+    command: str
+
+    def __str__(self) -> str:
+        experiments = len(self.runs[CELL].drop_duplicates())
+        costs = f", and the costs of {', '.join(self.costs)}" * bool(self.costs)
+        return (
+            f"Partial report: {len(self.runs)} of {self.planned} runs are missing, of {experiments} "
+            f"experiments{costs}. Mend the cause, then retry: {self.command}"
+        )
 
 
 @dataclass(frozen=True)
@@ -33,57 +60,99 @@ class Frames:
             accuracy and loss on the validation split.
         costs: one row per (model, task, method): figures of one step, counted; its seconds and
             the allocator's bytes are those of the runs.
+        missing: what they lack of the study, where they are a part of it.
     """
 
     runs: pd.DataFrame
     curves: pd.DataFrame
     costs: pd.DataFrame
+    missing: Missing | None = None
+
+    @cached_property
+    def lacking(self) -> Counter[tuple[str, ...]]:
+        """Experiment -> its runs of which there is no row."""
+        if self.missing is None:
+            return Counter()
+        wanted = Counter(self.missing.runs[CELL].itertuples(index=False, name=None))
+        failed = self.runs.loc[self.runs["outcome"] == "failed", CELL]
+        return wanted - Counter(failed.itertuples(index=False, name=None))
 
 
-def collect(plan: Plan) -> Frames:
-    """Read a study's records and cost files.
+def collect(plan: Plan, retry: str | None = None) -> Frames:
+    """Read a study's records and cost files. With ``retry``, the command that computes what is
+    missing, what is there is enough.
 
     Raises:
-        UserError: a run or a cost file is missing.
+        UserError: a run or a cost file is missing; with ``retry``, no run is there.
     """
     runs: list[dict[str, Any]] = []
     curves: list[pd.DataFrame] = []
+    costs: list[dict[str, Any]] = []
+    missing: list[dict[str, Any]] = []
+    uncounted: list[str] = []
     for cell in plan.cells():
         for spec in plan.specs(cell):
-            folder = spec.folder(plan.study.paths.store)
-            try:
-                record = read_record(folder)
-            except ValueError as error:
-                raise UserError(f"{error}; run `snakemake` again", 1) from error
-            if record is None:
-                raise UserError(f"{folder}: no record; run `snakemake` to compute it", 1)
             names = {**cell._asdict(), "seed": spec.seed}
-            runs.append(
-                {
-                    **names,
-                    "family": spec.method.family,
-                    "folder": str(folder),
-                    "tuned": plan.choice(cell).tuned,
-                    "hash": record.hash,
-                    "outcome": record.outcome,
-                    "message": record.message,
-                    "optimizer": f"{spec.optimizer.name} {_rate(record):.2g}",
-                    "finished": record.finished.isoformat(),
-                    **record.environment,
-                    **record.summary.figures(),
-                    **spikes(steps := pd.read_parquet(folder / STEPS)),
-                }
-            )
-            found = steps.loc[steps["validation_accuracy"].notna(), EVALUATED]
-            curves.append(found.assign(**names))
-    costs: list[dict[str, Any]] = [
-        cost.model_dump()
-        for model, task in plan.pairs()
-        for cost in read_costs(plan.results / "cost" / model / f"{task}.json")
-    ]
+            try:
+                run, curve = _read(plan, spec)
+            except UserError as error:
+                if retry is None:
+                    raise
+                missing.append({**names, "reason": str(error)})
+                continue
+            runs.append(names | run)
+            curves.append(curve.assign(**names))
+            if run["outcome"] == "failed":
+                missing.append({**names, "reason": run["message"]})
+    for model, task in plan.pairs():
+        try:
+            found = read_costs(plan.results / "cost" / model / f"{task}.json")
+        except UserError:
+            if retry is None:
+                raise
+            uncounted.append(f"{model}/{task}")
+        else:
+            costs += [cost.model_dump() for cost in found]
+    if not runs:
+        raise UserError(f"study '{plan.name}': no run has finished yet", 1)
     known = [curve for curve in curves if len(curve)] or curves[:1]  # a run may have ended before
     table = pd.DataFrame(runs)
-    return Frames(table, pd.concat(known, ignore_index=True), _measured(pd.DataFrame(costs), table))
+    counted = _measured(pd.DataFrame(costs, columns=list(CostRecord.model_fields)), table)
+    lack = None
+    if missing or uncounted:
+        lacking = pd.DataFrame(missing, columns=[*CELL, "seed", "reason"])
+        lack = Missing(lacking, uncounted, plan.runs, retry or "")
+    return Frames(table, pd.concat(known, ignore_index=True), counted, lack)
+
+
+def _read(plan: Plan, spec: RunSpec) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What the frames hold of a run, and its evaluations.
+
+    Raises:
+        UserError: it isn't in the store, or damaged.
+    """
+    folder = spec.folder(plan.study.paths.store)
+    try:
+        record = read_record(folder)
+        if record is None:
+            raise UserError(f"{folder}: no record; run `snakemake` to compute it", 1)
+        steps = pd.read_parquet(folder / STEPS)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{error}; run `snakemake` again", 1) from error
+    run = {
+        "family": spec.method.family,
+        "folder": str(folder),
+        "tuned": plan.choice(Cell(*spec.cell)).tuned,
+        "hash": record.hash,
+        "outcome": record.outcome,
+        "message": record.message,
+        "optimizer": f"{spec.optimizer.name} {_rate(record):.2g}",
+        "finished": record.finished.isoformat(),
+        **record.environment,
+        **record.summary.figures(),
+        **spikes(steps),
+    }
+    return run, steps.loc[steps["validation_accuracy"].notna(), EVALUATED]
 
 
 def spikes(steps: pd.DataFrame) -> dict[str, float]:
