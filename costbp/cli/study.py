@@ -245,6 +245,20 @@ def track(config: Config = None, plan: Frozen = None, out: Out = None) -> None:
 
 
 @app.command()
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Run stores of others, as their runs/.")],
+    config: Config = None,
+) -> None:
+    """Copy finished runs of other stores into the study's, those that can be trusted."""
+    from costbp.train.merge import merge as take
+
+    counts = take(load(config, None), stores)
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    if counts["refused"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def ui(
     config: Config = None,
     plan: Frozen = None,
