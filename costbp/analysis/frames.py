@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
-from costbp.config.study import Cell, Plan, RunSpec
+from costbp.config.study import Plan, RunSpec
 from costbp.cost.record import CostRecord, read_costs
 from costbp.errors import UserError
 from costbp.files import atomic
@@ -20,6 +22,7 @@ from costbp.train.record import STEPS, Record, read_record
 
 RUNS, CURVES, COSTS = "runs.parquet", "curves.parquet", "costs.parquet"
 CELL = ["model", "task", "method", "budget"]
+SIZES = ["loss", "derivative_rms", "gradient_norm"]
 SPIKE, WINDOW = 10, 100  # times the median of so many steps
 EVALUATED = ["step", "forward_units", "flops", "seconds", "validation_accuracy", "validation_loss"]
 
@@ -86,22 +89,23 @@ def collect(plan: Plan, retry: str | None = None) -> Frames:
         UserError: a run or a cost file is missing; with ``retry``, no run is there.
     """
     runs: list[dict[str, Any]] = []
-    curves: list[pd.DataFrame] = []
+    curves: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
     missing: list[dict[str, Any]] = []
     uncounted: list[str] = []
     for cell in plan.cells():
+        tuned = plan.choice(cell).tuned
         for spec in plan.specs(cell):
             names = {**cell._asdict(), "seed": spec.seed}
             try:
-                run, curve = _read(plan, spec)
+                run, curve = _read(plan, spec, tuned)
             except UserError as error:
                 if retry is None:
                     raise
                 missing.append({**names, "reason": str(error)})
                 continue
             runs.append(names | run)
-            curves.append(curve.assign(**names))
+            curves.append(curve | names)
             if run["outcome"] == "failed":
                 missing.append({**names, "reason": run["message"]})
     for model, task in plan.pairs():
@@ -115,18 +119,22 @@ def collect(plan: Plan, retry: str | None = None) -> Frames:
             costs += [cost.model_dump() for cost in found]
     if not runs:
         raise UserError(f"study '{plan.name}': no run has finished yet", 1)
-    known = [curve for curve in curves if len(curve)] or curves[:1]  # a run may have ended before
     table = pd.DataFrame(runs)
     counted = _measured(pd.DataFrame(costs, columns=list(CostRecord.model_fields)), table)
     lack = None
     if missing or uncounted:
         lacking = pd.DataFrame(missing, columns=[*CELL, "seed", "reason"])
         lack = Missing(lacking, uncounted, plan.runs, retry or "")
-    return Frames(table, pd.concat(known, ignore_index=True), counted, lack)
+    counts = [len(curve["step"]) for curve in curves]
+    columns = {name: np.concatenate([curve[name] for curve in curves]) for name in EVALUATED}
+    for name in (*CELL, "seed"):
+        columns[name] = np.repeat([curve[name] for curve in curves], counts)
+    return Frames(table, pd.DataFrame(columns), counted, lack)
 
 
-def _read(plan: Plan, spec: RunSpec) -> tuple[dict[str, Any], pd.DataFrame]:
-    """What the frames hold of a run, and its evaluations.
+def _read(plan: Plan, spec: RunSpec, tuned: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What the frames hold of a run, and its evaluations by column. (Frames are made of thousands of
+    runs at once: one for each takes longer than all else.)
 
     Raises:
         UserError: it isn't in the store, or damaged.
@@ -136,13 +144,14 @@ def _read(plan: Plan, spec: RunSpec) -> tuple[dict[str, Any], pd.DataFrame]:
         record = read_record(folder)
         if record is None:
             raise UserError(f"{folder}: no record; run `snakemake` to compute it", 1)
-        steps = pd.read_parquet(folder / STEPS)
+        table = pq.read_table(folder / STEPS, use_threads=False)
     except (ValueError, OSError) as error:
         raise UserError(f"{error}; run `snakemake` again", 1) from error
+    steps = {name: table[name].to_numpy() for name in (*EVALUATED, *SIZES)}
     run = {
         "family": spec.method.family,
         "folder": str(folder),
-        "tuned": plan.choice(Cell(*spec.cell)).tuned,
+        "tuned": tuned,
         "hash": record.hash,
         "outcome": record.outcome,
         "message": record.message,
@@ -152,19 +161,20 @@ def _read(plan: Plan, spec: RunSpec) -> tuple[dict[str, Any], pd.DataFrame]:
         **record.summary.figures(),
         **spikes(steps),
     }
-    return run, steps.loc[steps["validation_accuracy"].notna(), EVALUATED]
+    evaluated = ~np.isnan(steps["validation_accuracy"])
+    return run, {name: steps[name][evaluated] for name in EVALUATED}
 
 
-def spikes(steps: pd.DataFrame) -> dict[str, float]:
+def spikes(steps: Mapping[str, Any]) -> dict[str, float]:
     """A run's steps whose derivatives (with exact gradients: whose norm) are beyond ``SPIKE`` times the
     median of the ``WINDOW`` steps before, and the mean logarithm of what the loss of the ten steps after
     them is over that of the ten before; NaN where there are none."""
-    trained = steps[steps["loss"].notna()]
-    name = "derivative_rms" if trained["derivative_rms"].notna().any() else "gradient_norm"
-    size = trained[name].abs().reset_index(drop=True)
+    loss, rms, norm = (np.asarray(steps[name], dtype=float) for name in SIZES)
+    trained = ~np.isnan(loss)
+    loss, rms, norm = loss[trained], rms[trained], norm[trained]
+    size = pd.Series(np.abs(norm if np.isnan(rms).all() else rms))
     before = size.rolling(WINDOW, min_periods=10).median().shift(1)
     places = np.flatnonzero((size > SPIKE * before).to_numpy())
-    loss = trained["loss"].to_numpy(float)
     changes = [math.log(loss[i + 1 : i + 11].mean() / loss[i - 10 : i].mean()) for i in places
                if i + 1 < len(loss) and min(loss[i - 10 : i + 11]) > 0]  # fmt: skip
     return {"spikes": len(places), "spike_loss": float(np.mean(changes)) if changes else math.nan}
