@@ -80,18 +80,12 @@ def numbers(frames: Frames) -> pd.DataFrame:
         commit=("commit", "first"),
         **{f"{name}_mean": (name, "mean") for name in further(frames.runs)},
     )
-    table = table.reset_index()
-    outcome = dict(
-        zip(table[CELL].itertuples(index=False, name=None), table["outcome"], strict=True)
-    )
-    without = [cell for cell in frames.lacking if cell not in outcome]
-    if without:
-        rows = pd.DataFrame(without, columns=CELL).assign(seeds=0)
-        table = pd.concat([table, rows], ignore_index=True)
-    cells = table[CELL].itertuples(index=False, name=None)
-    return table.assign(
-        outcome=[with_missing(outcome.get(c, ""), frames.lacking[c]) for c in cells]
-    )
+    lacking = frames.lacking
+    if absent := [cell for cell in lacking if cell not in table.index]:
+        index = pd.MultiIndex.from_tuples([*table.index, *absent], names=CELL)
+        table = table.reindex(index).fillna({"seeds": 0, "outcome": ""}).astype({"seeds": int})
+    found = [with_missing(text, lacking[cell]) for cell, text in table["outcome"].items()]
+    return table.assign(outcome=found).reset_index()
 
 
 def outcomes(found: pd.Series) -> str:
