@@ -1,5 +1,6 @@
 """Front door of the workflow: reads and validates the study, includes one file of rules a stage."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -86,3 +87,8 @@ onsuccess:
 
 onerror:
     print(f"study '{PLAN.name}': a job failed; logs are in {LOGS}; finished runs are kept")
+    # Whatever failed (training, a pair's data, a job killed for memory): what is there is reported.
+    unwritten = {job.name for job in workflow.dag.needrun_jobs()} & {"aggregate"}
+    if unwritten and workflow.scheduler.failed:
+        retry = shlex.join(["snakemake", *sys.argv[1:]])
+        shell("costbp report --partial --plan {RESOLVED:q} --retry {retry:q} || true")

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from costbp.errors import UserError
+from costbp.errors import UserError, first_line
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SAID = (  # by writers that raise an error of their own kind: torch, safetensors, SQLite
+    *("PytorchStreamWriter", "inline_container.cc", "I/O error", "No space left", "File too large"),
+    "database or disk is full",
+)
 
 
 def ensure_folder(path: Path) -> Path:
@@ -24,10 +32,40 @@ def ensure_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from error
+        raise UserError(f"cannot write to {path}: {unwritten(error, path)}") from error
     if not os.access(path, os.W_OK):
         raise UserError(f"cannot write to {path}: the folder is read-only")
     return path
+
+
+def unwritten(error: BaseException, folder: Path) -> str | None:
+    """Why something could not be written to ``folder``, in one line, whichever library says it; None
+    where the error is of another kind."""
+    text = first_line(error)
+    told = any(words in text for words in SAID)
+    if not (told or isinstance(error, OSError)):
+        return None
+    why = getattr(error, "strerror", None) or text
+    if not (told or getattr(error, "errno", None) in FULL):
+        return why
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return f"{why}; {shutil.disk_usage(there).free / 2**20:.1f} MiB are free in {folder}"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of writing ``path`` become a one-line error.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        why = None if isinstance(error, UserError) else unwritten(error, path.parent)
+        if why is None:
+            raise
+        raise UserError(f"cannot write {path}: {why}") from error
 
 
 @contextlib.contextmanager
@@ -35,13 +73,12 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary neighbour of ``path`` that takes its name only if the block succeeds."""
     ensure_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

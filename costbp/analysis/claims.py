@@ -83,7 +83,7 @@ def _rows(finding: Finding) -> list[dict[str, Any]]:
 
 def warnings(frames: Frames) -> list[str]:
     """What a reader must know of all comparisons."""
-    found = []
+    found = [str(frames.missing)] if frames.missing else []
     commits = sorted(set(map(str, frames.runs.get("commit", []))))
     if len(commits) > 1:
         found.append(
@@ -128,5 +128,8 @@ def write(plan: Plan, frames: Frames, folder: Path) -> None:
         if path.exists()
     }
     claims, notes = judge(Evidence(plan, frames, tables)), warnings(frames)
-    write_json(folder / "claims.json", {"study": plan.name, "claims": claims, "warnings": notes})
+    found = {"study": plan.name, "claims": claims, "warnings": notes}
+    if frames.missing:
+        found["missing"] = frames.missing.runs.to_dict("records")
+    write_json(folder / "claims.json", found)
     write_text(folder / "claims.md", page(plan, claims, notes))

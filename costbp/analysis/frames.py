@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
-from costbp.config.study import Plan
-from costbp.cost.record import read_costs
+from costbp.config.study import Plan, RunSpec
+from costbp.cost.record import CostRecord, read_costs
 from costbp.errors import UserError
 from costbp.files import atomic
 from costbp.train.record import STEPS, Record, read_record
 
 RUNS, CURVES, COSTS = "runs.parquet", "curves.parquet", "costs.parquet"
 CELL = ["model", "task", "method", "budget"]
+SIZES = ["loss", "derivative_rms", "gradient_norm"]
 SPIKE, WINDOW = 10, 100  # times the median of so many steps
 EVALUATED = ["step", "forward_units", "flops", "seconds", "validation_accuracy", "validation_loss"]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a partial report lacks.
+
+    Attributes:
+        runs: one row a run that failed or isn't in the store: cell, seed, reason.
+        costs: model/task of costs that were not counted.
+        planned: runs of the whole study.
+        command: computes what is missing.
+    """
+
+    runs: pd.DataFrame
+    costs: list[str]
+    planned: int
+    command: str
+
+    def __str__(self) -> str:
+        experiments = len(self.runs[CELL].drop_duplicates())
+        costs = f", and the costs of {', '.join(self.costs)}" * bool(self.costs)
+        return (
+            f"Partial report: {len(self.runs)} of {self.planned} runs are missing, of {experiments} "
+            f"experiments{costs}. Mend the cause, then retry: {self.command}"
+        )
 
 
 @dataclass(frozen=True)
@@ -33,69 +63,118 @@ class Frames:
             accuracy and loss on the validation split.
         costs: one row per (model, task, method): figures of one step, counted; its seconds and
             the allocator's bytes are those of the runs.
+        missing: what they lack of the study, where they are a part of it.
     """
 
     runs: pd.DataFrame
     curves: pd.DataFrame
     costs: pd.DataFrame
+    missing: Missing | None = None
+
+    @cached_property
+    def lacking(self) -> Counter[tuple[str, ...]]:
+        """Experiment -> its runs of which there is no row."""
+        if self.missing is None:
+            return Counter()
+        wanted = Counter(self.missing.runs[CELL].itertuples(index=False, name=None))
+        failed = self.runs.loc[self.runs["outcome"] == "failed", CELL]
+        return wanted - Counter(failed.itertuples(index=False, name=None))
 
 
-def collect(plan: Plan) -> Frames:
-    """Read a study's records and cost files.
+def collect(plan: Plan, retry: str | None = None) -> Frames:
+    """Read a study's records and cost files. With ``retry``, the command that computes what is
+    missing, what is there is enough.
 
     Raises:
-        UserError: a run or a cost file is missing.
+        UserError: a run or a cost file is missing; with ``retry``, no run is there.
     """
     runs: list[dict[str, Any]] = []
-    curves: list[pd.DataFrame] = []
+    curves: list[dict[str, Any]] = []
+    costs: list[dict[str, Any]] = []
+    missing: list[dict[str, Any]] = []
+    uncounted: list[str] = []
     for cell in plan.cells():
+        tuned = plan.choice(cell).tuned
         for spec in plan.specs(cell):
-            folder = spec.folder(plan.study.paths.store)
-            try:
-                record = read_record(folder)
-            except ValueError as error:
-                raise UserError(f"{error}; run `snakemake` again", 1) from error
-            if record is None:
-                raise UserError(f"{folder}: no record; run `snakemake` to compute it", 1)
             names = {**cell._asdict(), "seed": spec.seed}
-            runs.append(
-                {
-                    **names,
-                    "family": spec.method.family,
-                    "folder": str(folder),
-                    "tuned": plan.choice(cell).tuned,
-                    "hash": record.hash,
-                    "outcome": record.outcome,
-                    "message": record.message,
-                    "optimizer": f"{spec.optimizer.name} {_rate(record):.2g}",
-                    "finished": record.finished.isoformat(),
-                    **record.environment,
-                    **record.summary.figures(),
-                    **spikes(steps := pd.read_parquet(folder / STEPS)),
-                }
-            )
-            found = steps.loc[steps["validation_accuracy"].notna(), EVALUATED]
-            curves.append(found.assign(**names))
-    costs: list[dict[str, Any]] = [
-        cost.model_dump()
-        for model, task in plan.pairs()
-        for cost in read_costs(plan.results / "cost" / model / f"{task}.json")
-    ]
-    known = [curve for curve in curves if len(curve)] or curves[:1]  # a run may have ended before
+            try:
+                run, curve = _read(plan, spec, tuned)
+            except UserError as error:
+                if retry is None:
+                    raise
+                missing.append({**names, "reason": str(error)})
+                continue
+            runs.append(names | run)
+            curves.append(curve | names)
+            if run["outcome"] == "failed":
+                missing.append({**names, "reason": run["message"]})
+    for model, task in plan.pairs():
+        try:
+            found = read_costs(plan.results / "cost" / model / f"{task}.json")
+        except UserError:
+            if retry is None:
+                raise
+            uncounted.append(f"{model}/{task}")
+        else:
+            costs += [cost.model_dump() for cost in found]
+    if not runs:
+        raise UserError(f"study '{plan.name}': no run has finished yet", 1)
     table = pd.DataFrame(runs)
-    return Frames(table, pd.concat(known, ignore_index=True), _measured(pd.DataFrame(costs), table))
+    counted = _measured(pd.DataFrame(costs, columns=list(CostRecord.model_fields)), table)
+    lack = None
+    if missing or uncounted:
+        lacking = pd.DataFrame(missing, columns=[*CELL, "seed", "reason"])
+        lack = Missing(lacking, uncounted, plan.runs, retry or "")
+    counts = [len(curve["step"]) for curve in curves]
+    columns = {name: np.concatenate([curve[name] for curve in curves]) for name in EVALUATED}
+    for name in (*CELL, "seed"):
+        columns[name] = np.repeat([curve[name] for curve in curves], counts)
+    return Frames(table, pd.DataFrame(columns), counted, lack)
 
 
-def spikes(steps: pd.DataFrame) -> dict[str, float]:
+def _read(plan: Plan, spec: RunSpec, tuned: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What the frames hold of a run, and its evaluations by column. (Frames are made of thousands of
+    runs at once: one for each takes longer than all else.)
+
+    Raises:
+        UserError: it isn't in the store, or damaged.
+    """
+    folder = spec.folder(plan.study.paths.store)
+    try:
+        record = read_record(folder)
+        if record is None:
+            raise UserError(f"{folder}: no record; run `snakemake` to compute it", 1)
+        table = pq.read_table(folder / STEPS, use_threads=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{error}; run `snakemake` again", 1) from error
+    steps = {name: table[name].to_numpy() for name in (*EVALUATED, *SIZES)}
+    run = {
+        "family": spec.method.family,
+        "folder": str(folder),
+        "tuned": tuned,
+        "hash": record.hash,
+        "outcome": record.outcome,
+        "message": record.message,
+        "optimizer": f"{spec.optimizer.name} {_rate(record):.2g}",
+        "finished": record.finished.isoformat(),
+        **record.environment,
+        **record.summary.figures(),
+        **spikes(steps),
+    }
+    evaluated = ~np.isnan(steps["validation_accuracy"])
+    return run, {name: steps[name][evaluated] for name in EVALUATED}
+
+
+def spikes(steps: Mapping[str, Any]) -> dict[str, float]:
     """A run's steps whose derivatives (with exact gradients: whose norm) are beyond ``SPIKE`` times the
     median of the ``WINDOW`` steps before, and the mean logarithm of what the loss of the ten steps after
     them is over that of the ten before; NaN where there are none."""
-    trained = steps[steps["loss"].notna()]
-    name = "derivative_rms" if trained["derivative_rms"].notna().any() else "gradient_norm"
-    size = trained[name].abs().reset_index(drop=True)
+    loss, rms, norm = (np.asarray(steps[name], dtype=float) for name in SIZES)
+    trained = ~np.isnan(loss)
+    loss, rms, norm = loss[trained], rms[trained], norm[trained]
+    size = pd.Series(np.abs(norm if np.isnan(rms).all() else rms))
     before = size.rolling(WINDOW, min_periods=10).median().shift(1)
     places = np.flatnonzero((size > SPIKE * before).to_numpy())
-    loss = trained["loss"].to_numpy(float)
     changes = [math.log(loss[i + 1 : i + 11].mean() / loss[i - 10 : i].mean()) for i in places
                if i + 1 < len(loss) and min(loss[i - 10 : i + 11]) > 0]  # fmt: skip
     return {"spikes": len(places), "spike_loss": float(np.mean(changes)) if changes else math.nan}

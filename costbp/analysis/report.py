@@ -29,6 +29,7 @@ from costbp.analysis.tables import (
     run_folder,
     scale_line,
     shown,
+    with_missing,
 )
 from costbp.config.study import Cell, Plan
 from costbp.files import write_text
@@ -72,6 +73,7 @@ def settings(plan: Plan, frames: Frames) -> list[dict[str, Any]]:
             cell, entry = Cell(model, task, method, budget), catalog.methods[method]
             texts = row(runs, columns)
             accuracy = link(plan, plan.study.paths.store.joinpath(*cell), texts["Test accuracy, %"])
+            texts["Outcome"] = with_missing(texts["Outcome"], frames.lacking[cell])
             links = [link(plan, run_folder(plan, run), str(run.seed)) for run in runs.itertuples()]
             texts |= {"Test accuracy, %": accuracy, "Seeds": Markup(" ").join(links)}
             untuned = "tuned" in runs and not runs["tuned"].all()
@@ -233,6 +235,7 @@ def write(plan: Plan, frames: Frames, folder: Path) -> None:
         study=plan.study,
         scale=scale_line(plan),
         warnings=warnings(frames),
+        missing=frames.missing and frames.missing.runs,
         claims=with_links(plan, claims),
         decided=[claim for claim in claims if claim["verdict"] in DECIDED],
         undecided=[c for c in claims if c["verdict"] not in (*DECIDED, UNTESTED)],

@@ -80,7 +80,12 @@ def numbers(frames: Frames) -> pd.DataFrame:
         commit=("commit", "first"),
         **{f"{name}_mean": (name, "mean") for name in further(frames.runs)},
     )
-    return table.reset_index()
+    lacking = frames.lacking
+    if absent := [cell for cell in lacking if cell not in table.index]:
+        index = pd.MultiIndex.from_tuples([*table.index, *absent], names=CELL)
+        table = table.reindex(index).fillna({"seeds": 0, "outcome": ""}).astype({"seeds": int})
+    found = [with_missing(text, lacking[cell]) for cell, text in table["outcome"].items()]
+    return table.assign(outcome=found).reset_index()
 
 
 def outcomes(found: pd.Series) -> str:
@@ -89,6 +94,11 @@ def outcomes(found: pd.Series) -> str:
     if len(counts) == 1:
         return str(counts.index[0])
     return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def with_missing(outcome: str, count: int) -> str:
+    """An experiment's outcome, with its runs that are missing."""
+    return ", ".join([outcome] * bool(outcome) + [f"{count} missing"] * bool(count))
 
 
 def _named(plan: Plan, model: str, task: str, method: str) -> dict[str, str]:
@@ -118,10 +128,13 @@ def row(runs: pd.DataFrame, columns: list[str]) -> dict[str, Any]:
 
 def summary(plan: Plan, frames: Frames) -> pd.DataFrame:
     """One row an experiment as text, for people."""
-    return pd.DataFrame(
-        _named(plan, model, task, method) | row(runs, shown(frames.runs))
-        for (model, task, method, _), runs in frames.runs.groupby(CELL, sort=False)
-    )
+    columns, rows = shown(frames.runs), {}
+    for cell, runs in frames.runs.groupby(CELL, sort=False):
+        rows[cell] = _named(plan, *cell[:3]) | row(runs, columns)
+    for cell, count in frames.lacking.items():
+        texts = rows.setdefault(cell, _named(plan, *cell[:3]))
+        texts["Outcome"] = with_missing(texts.get("Outcome", ""), count)
+    return pd.DataFrame(list(rows.values())).fillna("-")
 
 
 def shown(runs: pd.DataFrame) -> list[str]:
@@ -173,6 +186,8 @@ def cost_table(plan: Plan, frames: Frames) -> pd.DataFrame:
 
 def cost_line(frames: Frames) -> str:
     """How the cost table came about, in one sentence each."""
+    if frames.costs.empty:
+        return "No costs were counted."
     ways = {"meta": "traced without weights"}
     counted = sorted({ways.get(name, f"counted on a {name}") for name in frames.costs["device"]})
     devices = sorted(set(frames.runs["device"]))
@@ -228,7 +243,7 @@ def scale_line(plan: Plan) -> str:
 
 def write(plan: Plan, frames: Frames, folder: Path) -> None:
     """``summary.{md,csv,tex}`` and ``cost.{md,csv}``."""
-    caption = scale_line(plan)
+    caption = " ".join(map(str, filter(None, [frames.missing, scale_line(plan)])))
     table = summary(plan, frames)
     write_text(folder / "summary.md", f"{caption}\n\n{markdown(table)}")
     write_text(folder / "summary.csv", numbers(frames).to_csv(index=False))

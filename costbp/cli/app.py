@@ -17,6 +17,7 @@ from costbp.config.study import Cell, Plan
 from costbp.console import say
 from costbp.data.pairs import check_pairs
 from costbp.errors import UserError, suggest
+from costbp.files import FULL, unwritten
 
 OFFLINE = "HF_HUB_OFFLINE"
 SAID = os.environ.get(OFFLINE)  # what the user says of the hub
@@ -99,3 +100,9 @@ def main() -> None:
     except KeyboardInterrupt:
         say("costbp: interrupted")
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        path = Path(error.filename or ".")
+        say(f"costbp: cannot write {path}: {unwritten(error, path.parent)}")
+        sys.exit(2)

@@ -193,13 +193,28 @@ def report(
     readme: Annotated[
         Path | None, typer.Option(help="Rewrite this file's excerpt of the results, too.")
     ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Report what the store holds, and what is missing.")
+    ] = False,
+    retry: Annotated[
+        str | None, typer.Option(help="Command that computes what is missing, for --partial.")
+    ] = None,
 ) -> None:
     """Write the self-contained page index.html from tables, figures and claims."""
+    from costbp.analysis import partial as part
     from costbp.analysis.readme import write as write_excerpt
     from costbp.analysis.report import write
 
+    if partial:
+        if readme is not None:
+            raise UserError("--readme: an excerpt is of a whole study, never of a partial report")
+        study = load(config, plan)
+        files = " --configfile " * bool(config) + " ".join(map(str, config or ()))
+        print(part.write(study, retry or f"snakemake --cores all{files}"))
+        return
     study, frames, folder = results(config, plan)
     write(study, frames, folder)
+    part.clear(folder)
     if readme is not None:
         write_excerpt(study, frames, folder, readme)
     print(folder / "index.html")
@@ -216,6 +231,20 @@ def track(config: Config = None, plan: Frozen = None, out: Out = None) -> None:
     print(f"{added} of {finished} runs added to {without_secrets(tracking_uri(study))}")
     if out is not None:
         write_json(out, {"study": study.name, "runs": finished})
+
+
+@app.command()
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Run stores of others, as their runs/.")],
+    config: Config = None,
+) -> None:
+    """Copy finished runs of other stores into the study's, those that can be trusted."""
+    from costbp.train.merge import merge as take
+
+    counts = take(load(config, None), stores)
+    print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    if counts["refused"]:
+        raise typer.Exit(1)
 
 
 @app.command()

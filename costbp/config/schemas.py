@@ -12,6 +12,7 @@ from costbp.config.catalog import Catalog
 from costbp.config.claims import Claims
 from costbp.config.groups import Groups
 from costbp.config.study import Study
+from costbp.files import write_text
 
 
 def schemas() -> dict[str, str]:
@@ -34,6 +35,6 @@ def write(folder: Path) -> list[Path]:
     paths = []
     for name, text in schemas().items():
         path = folder / name
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
         paths.append(path)
     return paths

@@ -349,7 +349,10 @@ class Plan(Strict):
         seeds = [
             seed
             for block in self.study.experiments
-            if cell in product(block.models, block.tasks, block.methods, block.budgets)
+            if cell.model in block.models
+            and cell.task in block.tasks
+            and cell.method in block.methods
+            and cell.budget in block.budgets
             for seed in block.seeds or self.study.seeds
         ]
         return tuple(dict.fromkeys(seeds)) or self.study.seeds

@@ -17,7 +17,7 @@ from costbp.config.catalog import ModelEntry
 from costbp.config.sources import RandomSource, Source
 from costbp.data.encoded import Pixels
 from costbp.errors import UserError, first_line
-from costbp.files import ensure_folder
+from costbp.files import ensure_folder, writing
 from costbp.models.weights import configuration, weights_folder
 from costbp.objective import Batch
 from costbp.tasks.base import EncodedImage, Example
@@ -79,12 +79,11 @@ def store_images(
     shutil.rmtree(folder, ignore_errors=True)
     ensure_folder(folder)
     try:
-        names = {split: [_store(e, folder) for e in part] for split, part in parts.items()}
-    except (OSError, UserError) as error:
+        with writing(folder):
+            names = {split: [_store(e, folder) for e in part] for split, part in parts.items()}
+    except UserError:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise
     return {"side": side, "processor": processor, "names": names}
 
 

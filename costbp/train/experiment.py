@@ -210,8 +210,6 @@ class _Session:
                 128 + (stop.requested or signal.SIGINT),
             ) from None
         except Exception as error:
-            if run is None and isinstance(error, UserError):
-                raise
             outcome, message = "failed", _first_line(error)
             if out_of_memory(error):
                 outcome = "out_of_memory"

@@ -150,7 +150,7 @@ def read_record(folder: Path) -> Record | None:
     try:
         record = Record.model_validate_json(path.read_text(encoding="utf-8"))
         if record.outcome != "failed":
-            pq.read_table(folder / STEPS, columns=["step"])
+            pq.read_table(folder / STEPS, columns=["step"], use_threads=False)
     except (ValidationError, OSError, ValueError) as error:
         raise ValueError(f"{path} is incomplete or damaged") from error
     if not folder.name.endswith(record.hash):
