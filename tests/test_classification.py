@@ -104,6 +104,14 @@ def test_canonical_agnews_is_checked_prepared_and_trained(study, capsys):
     assert record["outcome"] == "completed"
 
 
+def test_encoding_says_in_a_log_how_far_it_is(study, monkeypatch, capsys):
+    monkeypatch.setattr("costbp.console.PAUSE", -1.0)
+    study.write_text(study.read_text().replace("tiny_lora", "tiny_head"))
+    prepare(Pair.of(load_plan([study]), "tiny_head", "my_news"))
+    told = [text for text in capsys.readouterr().err.splitlines() if "encoded" in text]
+    assert told[:2] == [f"my_news: train encoded, batches of 64: {n} of 3" for n in (0, 1)]
+
+
 def test_rows_are_as_the_file_has_them(study):
     task = load_plan([study]).catalog.tasks["my_news"]
     found = read_examples(task, "my_news", Path())
