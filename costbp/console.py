@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rich import progress
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 Item = TypeVar("Item")
+PAUSE = 10.0  # seconds between lines of a log
 COLORS = (
     "blue",
     "magenta",
@@ -54,9 +56,15 @@ def bar(parts: Mapping[str, float], most: float, width: int = 24) -> Text:
     return shown.append(f" {words}", "default")
 
 
-def track(items: Sequence[Item], what: str) -> Iterable[Item]:
-    """Items with a progress bar on a terminal, without one in a log."""
+def track(items: Sequence[Item], what: str) -> Iterator[Item]:
+    """Items with a progress bar on a terminal; a log gets a line every ten seconds."""
     console = Console(stderr=True)
-    return progress.track(
-        items, what, console=console, transient=True, disable=not console.is_terminal
-    )
+    if console.is_terminal:
+        yield from progress.track(items, what, console=console, transient=True)
+        return
+    said = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - said > PAUSE:
+            said = time.monotonic()
+            say(f"{what}: {done} of {len(items)}")
+        yield item

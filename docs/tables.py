@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = [
     import_module(f"costbp.config.{name}")
     for name in (
-        *("catalog", "claims", "costs", "evaluation", "insight", "methods", "optimizer", "parts"),
-        *("resources", "sources", "study", "tuning"),
+        *("catalog", "claims", "costs", "evaluation", "insight", "loaders", "methods", "optimizer"),
+        *("parts", "resources", "sources", "study", "tuning"),
     )
 ]
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)

@@ -253,7 +253,7 @@ def test_what_is_wrong_with_ones_own_files_is_one_line(own, kind, entry, change,
 def test_a_mistake_in_a_tasks_file_names_the_row(own):
     SMS.write_text(SMS.read_text().replace('row["text"]', 'row["txt"]'))
     plan = load_plan([OWN])
-    with pytest.raises(UserError, match=r"task 'sms_spam', row 1: KeyError 'txt'") as caught:
+    with pytest.raises(UserError, match=r"task 'sms_spam': row 1: KeyError 'txt'") as caught:
         prepare(Pair.of(plan, "word_bag", "sms_spam"))
     assert "\n" not in str(caught.value)
 

@@ -119,7 +119,7 @@ def test_images_are_read_one_at_a_time_and_whole(kind, tmp_path, caches):
     read_examples(source(tmp_path / "first", kind, [png()]), "x", tmp_path)  # imports
     before = pyarrow.total_allocated_bytes()
     tracemalloc.start()
-    found = read_examples(task, "x", tmp_path)
+    found = read_examples(task, "x", tmp_path).examples
     facts = store_images(found, tmp_path / "x.safetensors", 8, None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -136,11 +136,11 @@ def test_images_are_read_one_at_a_time_and_whole(kind, tmp_path, caches):
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
 def test_a_missing_image_names_its_row(kind, tmp_path, caches):
     task = source(tmp_path / "a", kind, [png(), b"", png()])
-    with pytest.raises(UserError, match="task 'x', row 2: no image"):
+    with pytest.raises(UserError, match=r"task 'x': .*, row 2: no image"):
         read_examples(task, "x", tmp_path)
     task = source(tmp_path / "b", "files", [png()] * 3)
     (tmp_path / "b" / "2.png").unlink()
-    with pytest.raises(UserError, match=r"task 'x', row 3: image .*2\.png: No such file"):
+    with pytest.raises(UserError, match=r"task 'x': .* 3: image .*2\.png: No such file"):
         read_examples(task, "x", tmp_path)
 
 

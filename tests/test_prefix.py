@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from transformers import BertConfig, BertModel
 
 from costbp.config import Cell, load_plan
-from costbp.config.catalog import ModelEntry
+from costbp.config.catalog import FullTraining, ModelEntry
 from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.errors import UserError
@@ -22,6 +23,7 @@ from costbp.meter import Meter
 from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
 from costbp.models.modules import SHARPNESS
+from costbp.models.prefix import states_below
 from costbp.objective import Objective
 from costbp.tasks import docstrings
 from costbp.train.loop import Run
@@ -93,6 +95,20 @@ def test_a_cached_prefix_changes_nothing_but_the_work(plan, name):
     assert left.flops == pytest.approx(all_of_it.flops * kept / 4, rel=0.02)  # plus adapters, head
     held = sum(p.numel() for p in rest.module.parameters())
     assert held < sum(p.numel() for p in whole.module.parameters()) / 2, "embeddings are gone, too"
+
+
+def test_states_are_those_of_the_whole_model_of_which_no_more_is_run():
+    model = BertModel(BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=3)).eval()
+    batch = {"input_ids": torch.arange(10).view(2, 5), "attention_mask": torch.ones(2, 5).long()}
+    batch["attention_mask"][1, 3:] = 0
+    with torch.no_grad():
+        whole = model(**batch, output_hidden_states=True).hidden_states[1]
+    train = FullTraining(kind="full", blocks=(-2,))
+    ran = []
+    for block in model.encoder.layer:
+        block.register_forward_hook(lambda *_: ran.append(1))
+    assert torch.equal(states_below(model, train, batch), whole)
+    assert len(ran) == 1
 
 
 def test_label_words_are_cosines_to_the_embeddings_of_the_descriptions(plan):

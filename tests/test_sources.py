@@ -28,7 +28,7 @@ def agnews(**data) -> TaskEntry:
 
 
 def read(task, assets=Path()):
-    return read_examples(task, "news", assets)
+    return read_examples(task, "news", assets).examples
 
 
 def written(folder: Path, kind: str, rows=ROWS, name="train") -> Path:
@@ -92,13 +92,13 @@ def test_a_saved_data_set_and_mapped_columns_and_splits(tmp_path):
     ("make", "data", "words"),
     [
         (lambda f: None, {}, r"is not there; check data.path"),
-        (lambda f: (f / "m").mkdir(), {}, r"holds no .csv, .json, .jsonl, .parquet file"),
+        (lambda f: (f / "m").mkdir(), {}, r"holds no .csv, .tsv, .json, .jsonl, .parquet file"),
         (lambda f: written(f / "m", "csv"), {"splits": {"train": "training"}}, r"has no split 'training'; allowed: train"),
         (lambda f: written(f / "m", "csv", [{"txt": "a", "label": 1}]), {}, r"has no column 'text' for 'text'; allowed: txt, label; did you mean 'txt'\? \(map it"),
-        (lambda f: written(f / "m", "csv", [{"text": "a", "label": 7}]), {}, r"row 1 of split 'train': label 7 is outside the set: World"),
+        (lambda f: written(f / "m", "csv", [{"text": "a", "label": 7}]), {}, r"m/train.csv, line 2: label 7 is outside the set: World"),
         (lambda f: written(f / "m", "csv", [{"text": " ", "label": 1}]), {}, r"its source is empty"),
-        (lambda f: written(f / "m", "csv", [], "train").write_text("text,label\n"), {"splits": {"train": "train"}}, r"split 'train' of its source is empty"),
-        (lambda f: written(f / "m", "jsonl").write_text("{not json"), {}, r"can't be read \("),
+        (lambda f: written(f / "m", "csv", [], "train").write_text("text,label\n"), {"splits": {"train": "train"}}, r"m/train.csv is empty"),
+        (lambda f: written(f / "m", "jsonl").write_text("{not json"), {}, r"m/train.jsonl, line 1: is not JSON \("),
         (lambda f: written(f / "m", "parquet").write_bytes(b"PAR1 half"), {}, r"can't be read \("),
     ],
 )  # fmt: skip
@@ -187,7 +187,7 @@ def test_a_partition_is_laid_over_a_task(mine):
     [
         ("path: data", "path: dada", "mine.yaml: entries.tasks.gsm8k.data.path = 'dada': no such file or folder"),
         ("gsm8k: {data", "gsm9k: {data", "tasks.gsm9k.label' is missing"),
-        ("kind: local, path: data", "kind: local, pfad: data", "unknown key 'tasks.gsm8k.data.pfad'; allowed: columns, kind, path, splits"),
+        ("kind: local, path: data", "kind: local, pfad: data", "unknown key 'tasks.gsm8k.data.pfad'; allowed: columns, header, kind, path, splits"),
         ("validation: 2", "validation: none", "mine.yaml: tasks.gsm8k.validation"),
     ],
 )  # fmt: skip

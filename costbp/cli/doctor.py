@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Annotated, NamedTuple
 import typer
 
 from costbp.cli.app import Config, app, ask_hub, load
-from costbp.config.catalog import AssetEntry, Fetchable
+from costbp.config.catalog import AssetEntry, Fetchable, LocalData
 from costbp.config.sources import AssetSource
 from costbp.config.study import Plan
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
+from costbp.tasks.base import load_task
 
 GIB = 2**30
 Sizes = dict[str, int | UserError | None]
@@ -27,7 +29,7 @@ class Finding(NamedTuple):
     """One thing that a study needs."""
 
     what: str
-    state: str  # "ok", "to fetch", "missing", "note"
+    state: str  # "ok", "to fetch", "missing", "wrong", "note"
     remark: str
 
 
@@ -47,7 +49,8 @@ def doctor(
         Path, typer.Option("--out", help="With --device: what was found, to attach to an issue.")
     ] = Path("reports/doctor.json"),
 ) -> None:
-    """Tell what a study needs and what is missing: packages, GPU, hub access, disk, downloads.
+    """Tell what a study needs and what is missing: packages, GPU, hub access, disk, downloads, and
+    whether your own files can be read.
 
     With --memory: the GiB of each method's step, traced without weights. With --device: whether
     this machine's GPU computes what the CPU does, with random weights and without the hub.
@@ -58,11 +61,11 @@ def doctor(
     ask_hub()
     plan = load(config, None)
     sizes = to_fetch(plan)
-    found = [*packages(plan), gpu(plan), *downloads(plan, sizes), disk(plan, sizes)]
+    found = [*packages(plan), gpu(plan), *downloads(plan, sizes), disk(plan, sizes), *files(plan)]
     table(f"study {plan.name}", ("needs", "state", ""), found)
     if memory:
         show_memory(plan)
-    missing = [finding for finding in found if finding.state == "missing"]
+    missing = [finding for finding in found if finding.state in ("missing", "wrong")]
     if missing:
         raise UserError(f"study '{plan.name}': {len(missing)} of its needs are not met here", 1)
     print(f"study '{plan.name}' can run here")
@@ -221,6 +224,35 @@ def disk(plan: Plan, sizes: Sizes) -> Finding:
     free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
     state = "ok" if free > 1.1 * wanted + GIB else "missing"
     return Finding("disk", state, f"{gib(wanted)} to download, {gib(free)} free")
+
+
+def files(plan: Plan) -> Iterator[Finding]:
+    """What the tasks find that read files of this machine, rows by class, or why they can't."""
+    from costbp.data.sources import read_examples
+    from costbp.data.splits import content, split
+
+    for name in dict.fromkeys(task for _, task in plan.pairs()):
+        task = plan.catalog.tasks[name]
+        if not isinstance(task.data, LocalData):
+            continue
+        try:
+            found, empty = read_examples(task, name, plan.study.paths.cache / "assets")
+            split(found, task, name)
+        except UserError as error:
+            yield Finding(f"data of {name}", "wrong", str(error))
+            continue
+        said = []
+        for part, examples in found.items():
+            counts = Counter(example.answer for example in examples)
+            classes = [f"{answer} {counts[answer]:,}" for answer in load_task(task.loader).names]
+            said.append(f"{part or 'rows'} {len(examples):,} ({', '.join(classes) or 'free text'})")
+        items = [{content(example) for example in part} for part in found.values()]
+        shared = sum(map(len, items)) - len(set().union(*items))
+        again = sum(map(len, found.values())) - sum(map(len, items))
+        notes = {"without text, left out": empty, "given twice, kept once": again}
+        notes["in two splits, left out of train"] = shared
+        said += [f"{count:,} {what}" for what, count in notes.items() if count]
+        yield Finding(f"data of {name}", "ok", "; ".join(said))
 
 
 def gib(size: float) -> str:

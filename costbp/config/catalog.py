@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from costbp.config.costs import card_bytes
-from costbp.config.entries import Entry, PythonFile, Strict
+from costbp.config.entries import Entry, Strict
+from costbp.config.loaders import Classification, Loader
 from costbp.config.methods import MethodEntry
 from costbp.config.sources import (
     AssetSource,
@@ -165,6 +166,9 @@ class AssetData(Strict):
     asset: str = Field(description="Name in assets.yaml.")
 
 
+Column = Annotated[int, Field(strict=True, ge=1)] | str
+
+
 class Mapped(Strict):
     """Which of a source's splits and columns are meant."""
 
@@ -172,7 +176,11 @@ class Mapped(Strict):
         {},
         description="Our split -> the source's; a missing one is carved from train, none: one pool.",
     )
-    columns: dict[str, str] = Field({}, description="The task's column -> the source's.")
+    columns: dict[str, Column | tuple[Column, ...]] = Field(
+        {},
+        description="The task's column -> the source's, by name, or by number from 1; of several, whose "
+        "texts are joined, a list.",
+    )
 
     @model_validator(mode="after")
     def _trains(self) -> Self:
@@ -197,11 +205,27 @@ class HubData(Mapped, Repository):
 
 
 class LocalData(Mapped):
-    """A csv, json, jsonl or parquet file, a folder of such files named like the splits, or a
+    """A csv, tsv, json, jsonl or parquet file, a folder of such files named like the splits, or a
     saved data set (`Dataset.save_to_disk`)."""
 
     kind: Literal["local"] = "local"
     path: str = Field(description="Relative to the working directory, or absolute.")
+    header: bool | None = Field(  # where it isn't said, runs are named as before there was the key
+        None,
+        exclude_if=lambda said: said is None,
+        description="Whether the first line of a csv or tsv names its columns; default: true. To be "
+        "said where columns are given by number.",
+    )
+
+    @model_validator(mode="after")
+    def _numbers_mean_one_thing(self) -> Self:
+        given = [c for v in self.columns.values() for c in (v if isinstance(v, tuple) else (v,))]
+        if self.header is None and any(isinstance(column, int) for column in given):
+            raise ValueError(
+                "data.columns has numbers: say data.header, true where a csv's first line names the "
+                "columns, false where it is data"
+            )
+        return self
 
 
 class Partition(Strict):
@@ -220,31 +244,13 @@ class Partition(Strict):
         return self
 
 
-class TaskFile(PythonFile):
-    """A Python file that defines a task."""
-
-    function: str = Field("TASK", description="Name of a `Task`, or of a function returning one.")
-
-
-def _spelt_out(value: Any) -> Any:
-    """A file's path alone stands for the file."""
-    return {"kind": "python", "file": value} if isinstance(value, str) else value
-
-
-def _tag(value: Any) -> str:
-    return "name" if isinstance(value, str) and not value.endswith(".py") else "python"
-
-
-Loader = Annotated[
-    Annotated[str, Tag("name")] | Annotated[TaskFile, BeforeValidator(_spelt_out), Tag("python")],
-    Discriminator(_tag),
-]
-
-
 class TaskEntry(Entry):
     """Examples, fixed splits and a batch size."""
 
-    loader: Loader = Field(description="Module in `costbp/tasks/`, or a Python file of your own.")
+    loader: Loader = Field(
+        description="Module in `costbp/tasks/`, a Python file of your own, or `{kind: classification, "
+        "names: [...]}`."
+    )
     data: Annotated[AssetData | HubData | LocalData, Field(discriminator="kind")] | None = Field(
         None, description="Where the rows are; none: the module makes or finds them itself."
     )
@@ -269,6 +275,13 @@ class TaskEntry(Entry):
         "likelihood",
         description="How a language model chooses an answer: the likeliest, or written.",
     )
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> Self:
+        own = isinstance(self.loader, Classification)
+        if own and not isinstance(self.data, HubData | LocalData):
+            raise ValueError("loader classification needs data of kind local or hub")
+        return self
 
     @property
     def differentiable(self) -> bool:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from costbp.config.catalog import ModelEntry
 from costbp.config.sources import PythonSource, RandomSource
+from costbp.console import track
 from costbp.data.encode import choices, encode
 from costbp.data.encoded import Split
 from costbp.data.images import image_tokens, pixels_of, store_images
@@ -88,7 +89,7 @@ def _prepare(pair: Pair) -> None:
     model, task, (model_name, task_name), assets, file = pair
     definition = load_task(task.loader)
     pair.check()
-    parts = split(read_examples(task, task_name, assets), task, task_name)
+    parts = split(read_examples(task, task_name, assets).examples, task, task_name)
     limit = longest(configuration(model, assets))
     if limit is not None and isinstance(model.source, PythonSource):
         limit -= model.source.image_positions
@@ -127,11 +128,12 @@ def _prepare(pair: Pair) -> None:
         encoded = encode(part, model, definition, task.max_length, words, images)
         facts["truncated"][name] = encoded.truncated
         tokens = _tokens(encoded.rows, words.pad)
+        told = f"{task_name}: {name} encoded, batches of {FEATURE_BATCH}"
         values, offsets = tokens.values, tokens.offsets
         if encoder is not None and model.reads == "features":
-            values, offsets = features(encoder, tokens), None
+            values, offsets = features(encoder, tokens, told), None
         elif encoder is not None and model.reads == "states":
-            values = states(encoder, model, tokens)
+            values = states(encoder, model, tokens, told)
         tensors |= {
             f"{name}.values": values,
             f"{name}.labels": torch.tensor([place.get(e.answer, -1) for e in part]),
@@ -151,12 +153,12 @@ def _tokens(rows: Sequence[Sequence[int]], pad: int) -> Split:
     return Split(ids, torch.zeros(len(rows), dtype=torch.long), offsets, pad=pad)
 
 
-def states(encoder: Encoder, model: ModelEntry, tokens: Split) -> torch.Tensor:
+def states(encoder: Encoder, model: ModelEntry, tokens: Split, told: str) -> torch.Tensor:
     """What the first trained block of an encoder is given of each example, end to end like the
     tokens, [sum of lengths, hidden], in float32."""
     assert tokens.offsets is not None
     found: torch.Tensor | None = None
-    for part in tokens.order().split(FEATURE_BATCH):
+    for part in track(tokens.order().split(FEATURE_BATCH), told):
         below = states_below(encoder.model, model.train, tokens.batch(part))
         if found is None:
             found = torch.empty(len(tokens.values), below.shape[2])
@@ -168,10 +170,11 @@ def states(encoder: Encoder, model: ModelEntry, tokens: Split) -> torch.Tensor:
 
 
 @torch.no_grad()
-def features(encoder: Encoder, tokens: Split) -> torch.Tensor:
+def features(encoder: Encoder, tokens: Split, told: str = "") -> torch.Tensor:
     """What a frozen encoder hands to a head, of each example, [n, hidden], in float32."""
     order = tokens.order()
-    found = torch.cat([encoder(tokens.batch(p)).float() for p in order.split(FEATURE_BATCH)])
+    parts = track(order.split(FEATURE_BATCH), told)
+    found = torch.cat([encoder(tokens.batch(part)).float() for part in parts])
     values = torch.empty_like(found)
     values[order] = found
     return values

@@ -19,11 +19,12 @@ def distinct(examples: Iterable[Example]) -> list[Example]:
     wins where an item has several."""
     first: dict[str, Example] = {}
     for example in examples:
-        first.setdefault(_content(example), example)
+        first.setdefault(content(example), example)
     return list(first.values())
 
 
-def _content(example: Example) -> str:
+def content(example: Example) -> str:
+    """What two examples share that are one item."""
     image = example.image.digest if example.image is not None else ""
     return "\n".join(part for part in (example.text, example.context, image) if part)
 
@@ -52,8 +53,8 @@ def split(
         if ours in own:
             given = _ordered(found[own[ours]], task.split_seed, seen)
             parts[ours] = given[: _border(given, getattr(task, ours))]
-            seen.update(map(_content, parts[ours]))
-    kept = {_content(e) for ours in ("test", "validation") if ours in own for e in found[own[ours]]}
+            seen.update(map(content, parts[ours]))
+    kept = {content(e) for ours in ("test", "validation") if ours in own for e in found[own[ours]]}
     rest = _ordered(found[own.get("train", POOL)], task.split_seed, kept)
     for ours in ("test", "validation"):
         if ours not in own:
@@ -80,7 +81,7 @@ def _shared(example: Example) -> str:
     """What makes a split see an item's neighbour: its passage or image, or else the item itself."""
     if example.image is not None:
         return example.image.digest
-    return example.context or _content(example)
+    return example.context or content(example)
 
 
 def _border(examples: Sequence[Example], size: int) -> int:
@@ -93,9 +94,9 @@ def _border(examples: Sequence[Example], size: int) -> int:
 def _ordered(examples: Iterable[Example], seed: int, without: set[str]) -> list[Example]:
     def rank(example: Example) -> tuple[bytes, str]:
         shared = hashlib.sha256(f"{seed}:{_shared(example)}".encode()).digest()
-        return shared, _content(example)
+        return shared, content(example)
 
-    return sorted((e for e in distinct(examples) if _content(e) not in without), key=rank)
+    return sorted((e for e in distinct(examples) if content(e) not in without), key=rank)
 
 
 def _counted(

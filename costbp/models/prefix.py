@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -42,11 +43,22 @@ def places(train: LoraTraining | FullTraining, count: int) -> list[int]:
 @torch.no_grad()
 def states_below(model: Any, train: Training, batch: Batch) -> Tensor:
     """Hidden states [n, length, hidden] that the first trained block of a transformers model is
-    given, in float32."""
+    given, in float32. Neither it nor what comes after is run."""
     assert isinstance(train, LoraTraining | FullTraining), "validated with the entry"
-    tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    found = model(**tokens, output_hidden_states=True).hidden_states
-    return found[places(train, len(stack(model)))[0]].float()
+    blocks, taken = stack(model), list[Tensor]()
+
+    def take(block: nn.Module, args: tuple[Any, ...]) -> None:
+        taken.append(args[0])
+        raise _Enough
+
+    first = blocks[places(train, len(blocks))[0]]
+    with first.register_forward_pre_hook(take), contextlib.suppress(_Enough):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return taken[0].float()
+
+
+class _Enough(Exception):
+    """What is asked for has been computed."""
 
 
 def without_prefix(model: Any, train: Training) -> tuple[Any, Training]:

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from costbp.config.catalog import TaskFile
+from costbp.config.loaders import Classification, TaskFile
 from costbp.errors import UserError
 
 Row = Mapping[str, Any]
@@ -148,23 +148,50 @@ class Task:
         return self.score(examples, [common] * len(examples))["accuracy"]
 
 
-def text_task(names: tuple[str, ...], instruction: str, rows: Rows | None = None) -> Task:
-    """A task whose rows hold a ``text`` and a ``label`` of ``names``."""
+def text_task(
+    names: tuple[str, ...],
+    instruction: str,
+    rows: Rows | None = None,
+    read: Callable[[Any], str] | None = None,
+) -> Task:
+    """A task whose rows hold a ``text`` and a ``label`` of ``names``, or which ``read`` reads."""
 
     def example(row: Row) -> Example:
-        return Example(" ".join(str(row["text"]).split()), named(row["label"], names))
+        label, text = row["label"], "" if row["text"] is None else str(row["text"])
+        return Example(" ".join(text.split()), read(label) if read else named(label, names))
 
     return Task(example, ("text", "label"), names, rows, instruction)
 
 
-def load_task(loader: str | TaskFile) -> Task:
-    """The task of a module in ``costbp/tasks``, or of a Python file.
+def labels_of(said: Classification) -> Callable[[Any], str]:
+    """What gives the class that a label means, of labels that are all of one type."""
+    known = said.labels or {name: name for name in said.names}
+    kinds: set[type] = set()
+
+    def read(label: Any) -> str:
+        kinds.add(type(label))
+        name = known.get(str(label).lower() if isinstance(label, bool) else str(label))
+        if name is not None and len(kinds) == 1:
+            return name
+        what = "not known" if name is None else "of another type than those before"
+        if label in (None, ""):
+            what = "empty"
+        raise UserError(f"its label {label!r} is {what}; allowed: {', '.join(known)}")
+
+    return read
+
+
+def load_task(loader: str | TaskFile | Classification) -> Task:
+    """The task of a module in ``costbp/tasks``, of a Python file, or of an entry alone.
 
     Raises:
         UserError: the file defines no task.
     """
     if isinstance(loader, TaskFile):
         return loader.call(Task)
+    if isinstance(loader, Classification):
+        asked = loader.instruction or f"One of {', '.join(loader.names)}:"
+        return text_task(loader.names, asked, read=labels_of(loader))
     task: Task = import_module(f"costbp.tasks.{loader}").TASK
     return task
 
@@ -177,6 +204,8 @@ def named(value: Any, names: Sequence[str]) -> str:
     """
     if isinstance(value, str) and value in names:
         return value
+    if isinstance(value, str) and value.lower() in ("false", "true"):  # a csv's
+        value = value.lower() == "true"
     if isinstance(value, bool | int) and 0 <= int(value) < len(names):
         return names[int(value)]
     raise UserError(
