@@ -1,5 +1,6 @@
 """Front door of the workflow: reads and validates the study, includes one file of rules a stage."""
 
+import atexit
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from costbp.errors import UserError
 from costbp.files import write_text
 from costbp.data.pairs import check_pairs
 from costbp.cost.outlook import outlook_lines
+from costbp.train.damage import put_back, set_aside
 
 
 configfile: "config/config.yaml"
@@ -25,7 +27,7 @@ try:
     RESULTS = PLAN.results
     RESOLVED = RESULTS / "plan.json"
     resolved = PLAN.model_dump_json(indent=2) + "\n"
-    if not RESOLVED.exists() or RESOLVED.read_text() != resolved:
+    if not RESOLVED.exists() or RESOLVED.read_bytes() != resolved.encode():
         write_text(RESOLVED, resolved)
 except UserError as error:
     raise WorkflowError(str(error)) from None
@@ -33,6 +35,8 @@ except UserError as error:
 if workflow.is_main_process:
     for line in outlook_lines(PLAN, tunes="tune" in sys.argv):
         print(line, file=sys.stderr)
+    # What is gone or damaged counts as missing for this process; a dry run leaves all as it was.
+    atexit.register(put_back, set_aside(PLAN))
 
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
