@@ -1,6 +1,5 @@
 """Front door of the workflow: reads and validates the study, includes one file of rules a stage."""
 
-import atexit
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from costbp.errors import UserError
 from costbp.files import write_text
 from costbp.data.pairs import check_pairs
 from costbp.cost.outlook import outlook_lines
-from costbp.train.damage import put_back, set_aside
+from costbp.train.damage import found_damaged
 
 
 configfile: "config/config.yaml"
@@ -35,8 +34,7 @@ except UserError as error:
 if workflow.is_main_process:
     for line in outlook_lines(PLAN, tunes="tune" in sys.argv):
         print(line, file=sys.stderr)
-    # What is gone or damaged counts as missing for this process; a dry run leaves all as it was.
-    atexit.register(put_back, set_aside(PLAN))
+DAMAGED = found_damaged(PLAN) if workflow.is_main_process else []
 
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
@@ -51,6 +49,10 @@ TEXTS = PLAN.texts_key()  # words of the report: a change redraws it, and runs n
 shell.prefix(
     f"export PATH={Path(sys.executable).parent}:$PATH OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0; "
 )
+
+
+# As an input no file: what is damaged is to be made again though it is there. In a dry run, too.
+again = lambda wildcards: workflow.dag.forcefiles.update(DAMAGED) or []
 
 
 wildcard_constraints:
@@ -78,6 +80,7 @@ localrules:
 rule all:
     default_target: True
     input:
+        again,
         REPORTS / "index.html",
         REPORTS / "tables" / "summary.md",
         REPORTS / "claims.md",

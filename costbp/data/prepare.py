@@ -195,10 +195,8 @@ def load_prepared(path: Path) -> Prepared:
     """Open a cached pair.
 
     Raises:
-        UserError: the file is missing or not readable.
+        UserError: it can't be read.
     """
-    if not path.exists():
-        raise UserError(f"{path}: not prepared yet; run `costbp prepare` for this model and task")
     try:
         with safe_open(path, framework="pt") as stream:
             facts = json.loads(stream.metadata()["facts"])

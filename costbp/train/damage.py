@@ -13,14 +13,14 @@ from costbp.files import intact
 from costbp.train.record import RECORD, STEPS
 
 SAID = 5  # lines at most
-HIDDEN = ".aside"
 
 
 def damaged(plan: Plan) -> Iterator[tuple[Path, str]]:
     """The workflow's outputs that have to be made again, and why: sealed ones that have changed,
     manifests of training whose runs are gone or damaged, those of assets that have changed."""
     changed = set()
-    for seal in _hidden_files(plan, ".sha256"):
+    reports = plan.study.paths.reports.glob(".*.sha256")  # claims; the rest only people read
+    for seal in (*plan.results.rglob(".*.sha256"), *reports):
         path = seal.with_name(seal.name[1:].removesuffix(".sha256"))
         if path.exists() and not intact(path):
             changed.add(path)
@@ -51,32 +51,11 @@ def _lost(manifest: Path, store: Path) -> str:
     return ""
 
 
-def set_aside(plan: Plan) -> list[Path]:
-    """Hide outputs that have to be made again, so that the workflow finds them missing."""
-    for left in _hidden_files(plan, HIDDEN):  # by a process that was killed
-        left.unlink()
+def found_damaged(plan: Plan) -> list[str]:
+    """The outputs that have to be made again, told a line each."""
     found = list(damaged(plan))
     for path, why in found[:SAID]:
         say(f"{path} is made again: {why}")
     if len(found) > SAID:
         say(f"and {len(found) - SAID} more")
-    for path, _ in found:
-        path.replace(_hidden(path))
-    return [path for path, _ in found]
-
-
-def put_back(paths: list[Path]) -> None:
-    """Undo ``set_aside`` for what hasn't been made again: in a dry run, all of it."""
-    for path in paths:
-        if _hidden(path).exists():
-            _hidden(path).unlink() if path.exists() else _hidden(path).replace(path)
-
-
-def _hidden_files(plan: Plan, ending: str) -> list[Path]:
-    """Of the results, and of reports those at the top: the rest only people read."""
-    reports = plan.study.paths.reports.glob(f".*{ending}")
-    return [*plan.results.rglob(f".*{ending}"), *reports]
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}{HIDDEN}")
+    return [str(path) for path, _ in found]
