@@ -13,6 +13,7 @@ from costbp.errors import UserError
 from costbp.files import write_text
 from costbp.data.pairs import check_pairs
 from costbp.cost.outlook import outlook_lines
+from costbp.train.damage import found_damaged
 
 
 configfile: "config/config.yaml"
@@ -26,7 +27,7 @@ try:
     RESULTS = PLAN.results
     RESOLVED = RESULTS / "plan.json"
     resolved = PLAN.model_dump_json(indent=2) + "\n"
-    if not RESOLVED.exists() or RESOLVED.read_text() != resolved:
+    if not RESOLVED.exists() or RESOLVED.read_bytes() != resolved.encode():
         write_text(RESOLVED, resolved)
 except UserError as error:
     raise WorkflowError(str(error)) from None
@@ -34,6 +35,7 @@ except UserError as error:
 if workflow.is_main_process:
     for line in outlook_lines(PLAN, tunes="tune" in sys.argv):
         print(line, file=sys.stderr)
+DAMAGED = found_damaged(PLAN) if workflow.is_main_process else []
 
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
@@ -48,6 +50,10 @@ TEXTS = PLAN.texts_key()  # words of the report: a change redraws it, and runs n
 shell.prefix(
     f"export PATH={Path(sys.executable).parent}:$PATH OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0; "
 )
+
+
+# As an input no file: what is damaged is to be made again though it is there. In a dry run, too.
+again = lambda wildcards: workflow.dag.forcefiles.update(DAMAGED) or []
 
 
 wildcard_constraints:
@@ -75,6 +81,7 @@ localrules:
 rule all:
     default_target: True
     input:
+        again,
         REPORTS / "index.html",
         REPORTS / "tables" / "summary.md",
         REPORTS / "claims.md",

@@ -1,4 +1,8 @@
-"""Small file operations that every stage shares: atomic writes, checksums, advisory locks."""
+"""Small file operations that every stage shares: atomic writes, checksums, advisory locks.
+
+What later stages read is sealed: its digest stands beside it, ``.NAME.sha256``, in the form of
+``sha256sum``. A file without a seal counts as sound, so what older versions wrote stays valid.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from costbp.errors import UserError, first_line
 
@@ -21,6 +26,9 @@ SAID = (  # by writers that raise an error of their own kind: torch, safetensors
     *("PytorchStreamWriter", "inline_container.cc", "I/O error", "No space left", "File too large"),
     "database or disk is full",
 )
+
+T = TypeVar("T")
+READ_WHOLE = 2**28  # bytes; of more, sizes (and of folders times) are read, not contents
 
 
 def ensure_folder(path: Path) -> Path:
@@ -88,8 +96,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON by atomic rename. Non-finite floats are refused."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write ``value`` as indented JSON, sealed. Non-finite floats are refused."""
+    with sealed(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", "utf-8")
 
 
 def sha256(path: Path) -> str:
@@ -98,7 +107,46 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-READ_WHOLE = 2**28  # bytes; of larger folders sizes and times are read, not contents
+def seal_of(path: Path) -> Path:
+    """Where the seal of a file stands."""
+    return path.with_name(f".{path.name}.sha256")
+
+
+@contextlib.contextmanager
+def sealed(path: Path, *beside: Path) -> Iterator[Path]:
+    """``atomic``, with a seal on what is written and on what has been written ``beside`` it."""
+    with atomic(path) as temporary:
+        yield temporary
+        files = {path.name: temporary} | {file.name: file for file in beside}
+        write_text(seal_of(path), "".join(f"{_mark(f)}  {name}\n" for name, f in files.items()))
+
+
+def _mark(path: Path) -> str:
+    size = path.stat().st_size
+    return sha256(path) if size <= READ_WHOLE else f"size={size}"
+
+
+def intact(path: Path) -> bool:
+    """Whether a file is there and it, and what was sealed with it, is as it was written."""
+    try:
+        lines = seal_of(path).read_text("utf-8").splitlines()
+        marks = [line.split("  ", 1) for line in lines]
+        return path.exists() and all(_mark(path.with_name(name)) == mark for mark, name in marks)
+    except (OSError, ValueError):
+        return path.exists() and not seal_of(path).exists()
+
+
+def read_cached(path: Path, parse: Callable[[bytes], T]) -> T | None:
+    """What a cache holds; None where it holds nothing, or, with a warning, something damaged."""
+    if not path.exists():
+        return None
+    try:
+        if intact(path):
+            return parse(path.read_bytes())
+    except (OSError, ValueError):
+        pass
+    print(f"warning: {path} is damaged; it is made anew", file=sys.stderr, flush=True)
+    return None
 
 
 @functools.cache

@@ -34,7 +34,9 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> tuple[int, int, i
 
 def main() -> None:
     first, second = (ledger(Path(folder)) for folder in sys.argv[1:3])
-    lines = ["| claim | verdict | on the other seeds | comparisons | same side | undecided | other side |"]
+    lines = [
+        "| claim | verdict | on the other seeds | comparisons | same side | undecided | other side |"
+    ]
     lines.append("|" + "---|" * 7)
     total = [0, 0, 0, 0]
     for name, claim in first.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from costbp.assets.fetch import fetch
+from costbp.assets.fetch import damage, fetch
 from costbp.config.catalog import AssetEntry
 from costbp.errors import UserError
 
@@ -52,6 +52,15 @@ def test_a_changed_member_is_fetched_again(tmp_path):
     folder = fetch("data", entry, tmp_path, say=said.append)
     assert (folder / "file.txt").read_text() == "content"
     assert "file.txt is missing or has changed" in said[0]
+
+
+def test_only_what_was_written_since_is_read_where_that_is_asked_for(tmp_path, monkeypatch):
+    entry, read = carrier(tmp_path), []
+    folder = fetch("data", entry, tmp_path)
+    monkeypatch.setattr("costbp.assets.fetch.sha256", lambda path: read.append(path) or "other")
+    assert damage(folder, entry, lately=True) is None and not read
+    (folder / "file.txt").write_text("changed")
+    assert damage(folder, entry, lately=True) == "file.txt is missing or has changed"
 
 
 def test_without_network_and_cache_it_says_what_to_fetch_and_how(tmp_path, monkeypatch):

@@ -80,7 +80,8 @@ def test_record_schema_and_steps(plan):
     assert training["step"].tolist() == list(range(1, 45))
     assert evaluated["step"].tolist() == [0, 12, 23, 44]
     assert training["forward_units"].diff().dropna().eq(9).all()
-    assert sorted(p.name for p in folder.iterdir()) == [".lock", RECORD, STEPS]
+    seal = ".record.json.sha256"
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", seal, RECORD, STEPS]
 
 
 def soon(method):
@@ -141,6 +142,16 @@ def test_a_budget_below_one_step_fails_with_a_clear_line(plan):
         run_specs(plan, [tiny])
     assert caught.value.code == 1
     assert read_record(tiny.folder(plan.study.paths.store)).outcome == "failed"
+
+
+def test_a_budget_that_steps_leave_unspent_is_said(plan, capsys):
+    spec = plan.spec(HEAD, 0)
+    run_specs(plan, [spec])
+    assert "of the budget" not in capsys.readouterr().err  # 396 of 400 units
+    short = spec.model_copy(update={"budget": spec.budget.scaled(0.06)})
+    (record,) = run_specs(plan, [short])
+    assert record.summary.forward_units == 18  # of 24
+    assert "75 % of the budget is spent" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_run_again_and_a_half_written_one_is(plan, capsys):

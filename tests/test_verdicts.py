@@ -15,6 +15,7 @@ from costbp.analysis.finding import Finding, Row, how_worded
 from costbp.analysis.frames import Frames, spikes
 from costbp.analysis.readings import READINGS
 from costbp.analysis.statistics import Sample
+from costbp.analysis.tables import unspent
 from costbp.config import Cell, load_plan
 from costbp.config.claims import Magnitude
 from tests.conftest import ROOT
@@ -129,6 +130,17 @@ def test_mixed_commits_are_said(told):
     mixed = change(frames, frames.runs["seed"] == 0, commit="def")
     assert "2 commits" in warnings(mixed)[0]
     assert "2 commits" in page(plan, judge(Evidence(plan, mixed)), warnings(mixed))
+
+
+def test_unequal_units_are_said(told):
+    frames = told[1]
+    assert warnings(frames) == []  # as an older version aggregated them
+    zo = frames.runs["method"] == "zo_vanilla"
+    runs = frames.runs.assign(spent=np.where(zo & (frames.runs["seed"] == 0), 0.71, 0.99))
+    said = warnings(dataclasses.replace(frames, runs=runs))
+    assert len(said) == len({text.partition(":")[0] for text in said}) > 1
+    assert all("exceeded it: zo_vanilla 71 %, and others up to 99 %" in text for text in said)
+    assert unspent(runs[zo]) == " (71 % of the budget)" and unspent(runs[~zo]) == ""
 
 
 def test_an_unreached_target_is_said(plan):

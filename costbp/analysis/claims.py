@@ -13,11 +13,12 @@ from costbp.analysis.finding import SCALES, Finding, how_worded
 from costbp.analysis.frames import Frames
 from costbp.analysis.readings import READINGS
 from costbp.analysis.statistics import holm
-from costbp.analysis.tables import markdown, scale_line
+from costbp.analysis.tables import SETTING, markdown, scale_line
 from costbp.config.claims import traces
 from costbp.config.study import Cell, Plan
 from costbp.cost.record import read_costs
 from costbp.files import write_json, write_text
+from costbp.train.record import ENOUGH
 
 COLUMNS = {
     "title": "Claim",
@@ -95,6 +96,22 @@ def warnings(frames: Frames) -> list[str]:
         f"{count} of {len(frames.runs)} runs ended as {str(outcome).replace('_', ' ')}."
         for outcome, count in ended.items()
     ]
+    return found + _uneven(frames)
+
+
+def _uneven(frames: Frames) -> list[str]:
+    """Where methods of one setting have not spent the same of its budget."""
+    found = []
+    runs = frames.runs if "spent" in frames.runs else frames.runs.assign(spent=math.nan)
+    for names, group in runs.groupby(SETTING, sort=False):
+        shares = group.groupby("method", sort=False)["spent"].min()
+        if len(short := shares[shares < ENOUGH * shares.max()]):
+            told = ", ".join(f"{method} {100 * share:.0f} %" for method, share in short.items())
+            found.append(
+                f"{'/'.join(names)}: not all spent the same of the budget, since a further step would "
+                f"have exceeded it: {told}, and others up to {100 * shares.max():.0f} %. Comparisons "
+                "at equal units with these are not at equal units, to their disadvantage."
+            )
     return found
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from costbp.config.study import Plan, RunSpec
 from costbp.cost.record import CostRecord, read_costs
 from costbp.errors import UserError
-from costbp.files import atomic
+from costbp.files import intact, sealed
 from costbp.train.record import STEPS, Record, read_record
 
 RUNS, CURVES, COSTS = "runs.parquet", "curves.parquet", "costs.parquet"
@@ -58,7 +58,8 @@ class Frames:
 
     Attributes:
         runs: one row a run: cell, seed, family, folder, whether tuned, outcome, optimiser,
-            environment, summary figures, spikes.
+            environment, summary figures, spikes, and the share of its budget that it spent, NaN
+            unless it completed.
         curves: one row an evaluation: cell, seed, step, forward_units, flops, seconds, and
             accuracy and loss on the validation split.
         costs: one row per (model, task, method): figures of one step, counted; its seconds and
@@ -159,6 +160,7 @@ def _read(plan: Plan, spec: RunSpec, tuned: bool) -> tuple[dict[str, Any], dict[
         "finished": record.finished.isoformat(),
         **record.environment,
         **record.summary.figures(),
+        "spent": _spent(record),
         **spikes(steps),
     }
     evaluated = ~np.isnan(steps["validation_accuracy"])
@@ -178,6 +180,12 @@ def spikes(steps: Mapping[str, Any]) -> dict[str, float]:
     changes = [math.log(loss[i + 1 : i + 11].mean() / loss[i - 10 : i].mean()) for i in places
                if i + 1 < len(loss) and min(loss[i - 10 : i + 11]) > 0]  # fmt: skip
     return {"spikes": len(places), "spike_loss": float(np.mean(changes)) if changes else math.nan}
+
+
+def _spent(record: Record) -> float:
+    budget, summary = record.spec.budget, record.summary
+    used = summary.steps if budget.forward_units is None else summary.forward_units
+    return used / budget.amount if record.outcome == "completed" else math.nan
 
 
 def _rate(record: Record) -> float:
@@ -206,7 +214,7 @@ def _measured(costs: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 def save(frames: Frames, folder: Path) -> None:
     """Store the frames as parquet files."""
     for name, frame in ((RUNS, frames.runs), (CURVES, frames.curves), (COSTS, frames.costs)):
-        with atomic(folder / name) as temporary:
+        with sealed(folder / name) as temporary:
             frame.to_parquet(temporary, index=False)
 
 
@@ -214,14 +222,19 @@ def load(folder: Path) -> Frames:
     """Frames stored by ``save``.
 
     Raises:
-        UserError: they are not there.
+        UserError: they are not there, or damaged.
     """
+    return Frames(*(_stored(folder / name) for name in (RUNS, CURVES, COSTS)))
+
+
+def _stored(path: Path) -> pd.DataFrame:
     try:
-        return Frames(*(pd.read_parquet(folder / name) for name in (RUNS, CURVES, COSTS)))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}: results are not aggregated yet; run `costbp aggregate`"
-        ) from error
+        if intact(path):
+            return pd.read_parquet(path)
+    except (OSError, ValueError):
+        pass
+    why = "is damaged" if path.exists() else "is not there"
+    raise UserError(f"{path} {why}; run `costbp aggregate`")
 
 
 def labelled(plan: Plan, frame: pd.DataFrame) -> pd.DataFrame:

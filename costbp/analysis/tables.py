@@ -13,6 +13,7 @@ from costbp.analysis.frames import CELL, Frames
 from costbp.analysis.statistics import interval
 from costbp.config.study import Plan
 from costbp.files import write_text
+from costbp.train.record import ENOUGH
 
 SETTING = ["model", "task", "budget"]  # within which methods are compared
 NAMES = {"fmad": "FmAD", "zo": "ZO"}
@@ -73,6 +74,7 @@ def numbers(frames: Frames) -> pd.DataFrame:
         **{f"test_accuracy_{how}": ("test_accuracy", how) for how in ("mean", "min", "max")},
         **{f"{name}_mean": (name, "mean") for name in ("test_loss", "best_validation_accuracy")},
         **{name: (name, "mean") for name in ("steps", "forward_units", "flops")},
+        **({"spent": ("spent", "min")} if "spent" in frames.runs else {}),
         seconds_mean=("seconds", "mean"),
         **{name: (name, "max") for name in ("peak_bytes", "state_bytes", "weights_bytes")},
         optimizer=("optimizer", "first"),
@@ -114,7 +116,7 @@ def row(runs: pd.DataFrame, columns: list[str]) -> dict[str, Any]:
         "Test accuracy, %": spread(runs["test_accuracy"], 100),
         "Outcome": outcomes(runs["outcome"]),
         "Steps": f"{runs['steps'].mean():,.0f}",
-        "Forward units": f"{runs['forward_units'].mean():,.0f}",
+        "Forward units": f"{runs['forward_units'].mean():,.0f}{unspent(runs)}",
         "FLOPs": si(runs["flops"].mean()),
         "Seconds": f"{runs['seconds'].mean():.1f}",
         "Peak beyond weights": mib(beyond(runs)),
@@ -124,6 +126,12 @@ def row(runs: pd.DataFrame, columns: list[str]) -> dict[str, Any]:
     if "arrangement" in columns:
         table["Kept by"] = ", ".join(dict.fromkeys(runs["arrangement"].fillna(""))) or "-"
     return table | {f"{words(c)}, %": spread(runs[c], 100) for c in columns if c != "arrangement"}
+
+
+def unspent(runs: pd.DataFrame) -> str:
+    """`` (71 % of the budget)`` where that is the least that a completed run spent, and too little."""
+    least = runs["spent"].min() if "spent" in runs else math.nan  # as older versions aggregated
+    return f" ({100 * least:.0f} % of the budget)" if least < ENOUGH else ""
 
 
 def summary(plan: Plan, frames: Frames) -> pd.DataFrame:

@@ -92,12 +92,14 @@ def _put(scratch: Path, folder: Path, record: dict[str, Any]) -> None:
     scratch.replace(folder)
 
 
-def damage(folder: Path, what: Fetchable) -> str | None:
-    """What is wrong with a fetched asset, or None."""
+def damage(folder: Path, what: Fetchable, *, lately: bool = False) -> str | None:
+    """What is wrong with a fetched asset, or None; with ``lately`` contents are read of what was
+    written after its record alone."""
     try:
+        written = (folder / RECORD).stat().st_mtime_ns
         record = json.loads((folder / RECORD).read_text())
         files = dict(record["files"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "not complete"
     if isinstance(what, AssetEntry):
         if record.get("sha256") != what.sha256 or record.get("members") != what.members:
@@ -107,6 +109,8 @@ def damage(folder: Path, what: Fetchable) -> str | None:
     for member, expected in files.items():
         path = folder / member
         by_size = isinstance(expected, int)  # what a hub's repository holds is large
+        if path.is_file() and lately and path.stat().st_mtime_ns <= written and not by_size:
+            continue
         if not path.is_file() or (path.stat().st_size if by_size else sha256(path)) != expected:
             return f"{member} is missing or has changed"
     return None

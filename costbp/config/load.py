@@ -23,6 +23,7 @@ from costbp.config.sources import FolderSource
 from costbp.config.study import Plan, Study
 from costbp.config.tuning import Choices, Tuned
 from costbp.errors import UserError, suggest
+from costbp.files import read_cached
 
 DEFAULT = Path("config/config.yaml")
 Model = TypeVar("Model", bound=BaseModel)
@@ -222,8 +223,8 @@ def own_choices(plan: Plan) -> Choices:
     """The choices of the study's own trials, as far as they have been made."""
     found: Choices = {}
     for cell in plan.cells():
-        if (path := plan.trials_file(cell)).exists():
-            tuned = Tuned.model_validate_json(path.read_bytes())
+        tuned = read_cached(plan.trials_file(cell), Tuned.model_validate_json)
+        if tuned is not None:
             methods = found.setdefault(cell.model, {}).setdefault(cell.task, {})
             methods.setdefault(cell.method, {})[cell.budget] = tuned
     return found

@@ -19,7 +19,7 @@ from costbp.cost.bench import Bench
 from costbp.cost.pairs import on_bench
 from costbp.cost.step import forward_only, measure_step
 from costbp.estimators.base import Estimator, halvings
-from costbp.files import write_json
+from costbp.files import read_cached, write_json
 from costbp.meter import Meter
 from costbp.models.loss import micro_batches
 from costbp.objective import Batch, Objective
@@ -167,9 +167,7 @@ def _cached(
     key = short_hash([FORMAT, COSTS, plan.study.device, spec.assets, *entries, *limits])
     model, task, method, _ = spec.cell
     path = plan.study.paths.cache / "cost" / model / task / f"{method}-{key}.ceiling.json"
-    if path.exists():
-        return Arrangement.model_validate_json(path.read_bytes())
-    found = find()
-    if found is not None:
+    found = read_cached(path, Arrangement.model_validate_json)
+    if found is None and (found := find()) is not None:
         write_json(path, found.model_dump(mode="json"))
     return found

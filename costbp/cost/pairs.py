@@ -26,7 +26,7 @@ from costbp.device import to_device
 from costbp.device_pool import device_slot
 from costbp.errors import UserError
 from costbp.estimators.memory_plans import blocks
-from costbp.files import write_json
+from costbp.files import read_cached, write_json
 from costbp.models.build import build_model
 from costbp.models.loss import cross_entropy
 from costbp.models.weights import DROPOUTS, configuration
@@ -65,7 +65,7 @@ def _cached(plan: Plan, model: str, task: str, method: str) -> Path:
 
 
 def _read(path: Path) -> CostRecord | None:
-    return CostRecord.model_validate_json(path.read_bytes()) if path.exists() else None
+    return read_cached(path, CostRecord.model_validate_json)
 
 
 def _write(path: Path, record: CostRecord | None) -> None:

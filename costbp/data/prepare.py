@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from costbp.config.catalog import ModelEntry
 from costbp.config.sources import PythonSource, RandomSource
-from costbp.console import track
+from costbp.console import say, track
 from costbp.data.encode import choices, encode
 from costbp.data.encoded import Split
 from costbp.data.images import image_tokens, pixels_of, store_images
@@ -26,7 +26,7 @@ from costbp.data.pairs import Pair
 from costbp.data.sources import read_examples
 from costbp.data.splits import SPLITS, split
 from costbp.errors import UserError
-from costbp.files import atomic, lock
+from costbp.files import intact, lock, sealed
 from costbp.models.architecture import longest
 from costbp.models.modules import Encoder
 from costbp.models.prefix import states_below
@@ -78,9 +78,11 @@ def prepare(pair: Pair) -> Path:
     held = model.base is None or isinstance(model.base, RandomSource) or model.reads == "features"
     if not held:
         ready_weights(model, pair.assets)
-    if not file.exists():
+    if not intact(file):
         with lock(file.with_name(f".{file.stem}.lock")):  # models of one source share the file
-            if not file.exists():
+            if not intact(file):
+                if file.exists():
+                    say(f"warning: {file} is damaged; it is made anew")
                 _prepare(pair)
     return file
 
@@ -141,7 +143,7 @@ def _prepare(pair: Pair) -> None:
             f"{name}.starts": torch.tensor(encoded.starts) if encoded.starts else None,
             f"{name}.examples": _packed(part) if name != "train" else None,
         }
-    with atomic(file) as temporary:
+    with sealed(file) as temporary:
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         save_file(kept, temporary, metadata={"facts": json.dumps(facts)})
 
@@ -195,10 +197,8 @@ def load_prepared(path: Path) -> Prepared:
     """Open a cached pair.
 
     Raises:
-        UserError: the file is missing or not readable.
+        UserError: it can't be read.
     """
-    if not path.exists():
-        raise UserError(f"{path}: not prepared yet; run `costbp prepare` for this model and task")
     try:
         with safe_open(path, framework="pt") as stream:
             facts = json.loads(stream.metadata()["facts"])

@@ -27,15 +27,17 @@ from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.device import free, memory_of, name_of, out_of_memory, to_device
 from costbp.device_pool import device_slot, largest_memory
-from costbp.errors import UserError
-from costbp.files import atomic, lock, write_json
+from costbp.errors import UserError, first_line
+from costbp.files import lock, write_json
 from costbp.models.build import build_model
 from costbp.models.loss import LOSSES
 from costbp.objective import Objective
+from costbp.train import checkpoint
 from costbp.train.loop import Interrupted, Run, StepEvent
 from costbp.train.progress import watching
 from costbp.train.record import (
     CHECKPOINT,
+    ENOUGH,
     UNFIT,
     Outcome,
     Record,
@@ -198,10 +200,17 @@ class _Session:
             if run.arrangement is not None and not run.arrangement.fits:
                 outcome, message = "does_not_fit", run.arrangement.message
                 return Ended(outcome, message, run.summary(test=False))
-            _resume(run, folder, title)
+            if not _resume(run, folder, title):
+                run = None  # it may hold half a checkpoint
+                run = self._build(spec, arranged)
             with watching(title, folder) as show:
                 outcome, message = run.train(_with_checkpoints(run, folder, stop, show))
             summary = run.summary(test=test)
+            if test and outcome == "completed" and run.spent() < ENOUGH:
+                say(
+                    f"warning: {title}: {100 * run.spent():.0f} % of the budget is spent, and another "
+                    f"step would exceed it; a larger budget is fairer to this method"
+                )
             return Ended(outcome, message, summary, run.state.rows)
         except Interrupted:
             assert run is not None
@@ -210,7 +219,7 @@ class _Session:
                 128 + (stop.requested or signal.SIGINT),
             ) from None
         except Exception as error:
-            outcome, message = "failed", _first_line(error)
+            outcome, message = "failed", first_line(error)
             if out_of_memory(error):
                 outcome = "out_of_memory"
             elif not isinstance(error, UserError | ValueError):
@@ -269,20 +278,17 @@ def _title(spec: RunSpec) -> str:
     return f"{'/'.join(spec.cell)} seed {spec.seed}"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _resume(run: Run, folder: Path, title: str) -> None:
+def _resume(run: Run, folder: Path, title: str) -> bool:
+    """Continue from a checkpoint, if there is one; False where it can't be used."""
     path = folder / CHECKPOINT
-    if not path.exists():
-        return
-    try:
-        run.load_state_dict(torch.load(path, map_location=run.device, weights_only=True))
-    except Exception as error:
-        say(f"warning: {path} can't be used ({_first_line(error)}); starting from step 0")
-    else:
+    if path.exists():
+        try:
+            run.load_state_dict(checkpoint.load(path, run.device))
+        except Exception as error:
+            say(f"warning: {path} can't be used ({first_line(error)}); starting from step 0")
+            return False
         say(f"{title}: continuing from step {run.state.step}")
+    return True
 
 
 def _with_checkpoints(run: Run, folder: Path, stop: Stop, show: Any) -> Any:
@@ -293,8 +299,7 @@ def _with_checkpoints(run: Run, folder: Path, stop: Stop, show: Any) -> Any:
         show(event)
         if stop.requested or time.monotonic() - last > CHECKPOINT_SECONDS:
             last = time.monotonic()
-            with atomic(folder / CHECKPOINT) as temporary:
-                torch.save(run.state_dict(), temporary)
+            checkpoint.save(run.state_dict(), folder / CHECKPOINT)
         if stop.requested:
             raise Interrupted
 

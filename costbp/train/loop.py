@@ -157,17 +157,20 @@ class Run:
         """Continue from ``state_dict()``.
 
         Raises:
-            ValueError: it was saved by a run with another spec.
+            Exception: of any kind; it is another's, or no state. The run may hold parts of it then.
         """
-        if saved["hash"] != self.spec.hash:
+        theta, counters = self.objective.theta, saved["state"]
+        if saved["hash"] != self.spec.hash or saved["theta"].shape != theta.shape:
             raise ValueError("the checkpoint belongs to another run")
-        self.objective.theta.copy_(saved["theta"])
+        if counters.keys() != vars(self.state).keys():
+            raise ValueError("the checkpoint has other counters")
+        theta.copy_(saved["theta"])
         self.optimizer.load_state_dict(saved["optimizer"])
         for moments in self.optimizer.state.values():  # read at each step: the host's
             if "step" in moments:
                 moments["step"] = moments["step"].cpu()
         self.estimator.load_state_dict(saved["estimator"])
-        self.state, self.kept = State(**saved["state"]), saved["kept"]
+        self.state, self.kept = State(**counters), saved["kept"]
         self.state.resumed += 1
         if self.state.probe is not None:
             Probe(**self.state.probe).adopt(self.estimator)
@@ -177,9 +180,8 @@ class Run:
 
     def batches(self) -> list[Batch]:
         """The batches of the next step."""
-        state = self.state
-        numbers = range(len(self.estimator.passes(state.step)))
-        return [to_device(self.stream[state.batches + i], self.device) for i in numbers]
+        start, passes = self.state.batches, self.estimator.passes(self.state.step)
+        return [to_device(self.stream[start + i], self.device) for i in range(len(passes))]
 
     def spent(self, ahead: Count | None = None) -> float:
         """Share of the budget spent, including a step ``ahead``."""
@@ -217,8 +219,7 @@ class Run:
 
     def train(self, watch: Watcher) -> tuple[Outcome, str]:
         """Spend the budget. The last step is the last that fits into it."""
-        state, points = self.state, self.spec.evaluation.points
-        accuracy = None
+        state, points, accuracy = self.state, self.spec.evaluation.points, None
         self._settle()
         while True:
             key = Key(self.spec.seed, state.step)
@@ -243,10 +244,9 @@ class Run:
                 f"the budget of {self.spec.budget.amount:g} {self.spec.budget.unit} is below the "
                 f"{cost.units:.2f} forward units of a single step"
             )
-        while state.evaluated < len(points):
-            if state.evaluated == len(points) - 1:
-                self._evaluate()
-            state.evaluated += 1
+        if state.evaluated < len(points):
+            self._evaluate()
+            state.evaluated = len(points)
         source = getattr(self.estimator.per_batch, "source", None)
         return "completed", source.caution(self.objective) if source else ""
 
@@ -392,8 +392,8 @@ class Run:
         return typical_seconds(self.estimator, spans)
 
     def _forward_seconds(self) -> float:
-        batch = self.batches()[0]
-        return median_seconds(partial(forward_only, self.objective, batch), self.device)
+        once = partial(forward_only, self.objective, self.batches()[0])
+        return median_seconds(once, self.device)
 
 
 def _finite(value: float | int | None) -> float | None:

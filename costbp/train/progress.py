@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from costbp.files import write_json
+from costbp.files import write_text
 from costbp.train.loop import StepEvent, Watcher
 from costbp.train.record import PROGRESS
 
@@ -45,13 +46,9 @@ def watching(title: str, folder: Path) -> Iterator[Watcher]:
             shown(event)
             if time.monotonic() - last > PULSE_SECONDS:
                 last = time.monotonic()
-                write_json(
-                    folder / PROGRESS,
-                    {
-                        "fraction": min(event.fraction, 1.0),
-                        "seconds": event.state.seconds + event.state.evaluation_seconds,
-                    },
-                )
+                seconds = event.state.seconds + event.state.evaluation_seconds
+                told = {"fraction": min(event.fraction, 1.0), "seconds": seconds}
+                write_text(folder / PROGRESS, json.dumps(told))
 
         yield watch
 

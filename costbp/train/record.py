@@ -1,8 +1,8 @@
 """A run's record: what happened, under which spec, where and with which code.
 
 The run store holds one folder a seed: ``record.json``, ``steps.parquet`` and, while a run is
-unfinished, ``checkpoint.pt`` and ``progress.json``. Files appear by atomic rename; ``record.json``
-comes last, so a folder with a readable record is a finished run.
+unfinished, ``checkpoint.pt`` and ``progress.json``. Files appear by atomic rename; ``record.json``,
+whose seal covers both files, comes last: a folder with a sound record is a finished run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from costbp.config.study import RunSpec
-from costbp.files import atomic, write_text
+from costbp.files import atomic, intact, seal_of, sealed
 
 Row = Mapping[str, float | int | None]  # one step or evaluation: column -> value
 Outcome = Literal["completed", "diverged", "out_of_memory", "does_not_fit", "failed"]
@@ -32,6 +32,7 @@ RECORD, STEPS, CHECKPOINT, PROGRESS = (
     "checkpoint.pt",
     "progress.json",
 )
+ENOUGH = 0.95  # share of its budget from which a run counts as having spent it
 NOISE = 1.0  # signal to noise at which a difference tells nothing
 WHOLE = ("step", "flops")
 COLUMNS = pa.schema(
@@ -148,8 +149,10 @@ def read_record(folder: Path) -> Record | None:
     if not path.exists():
         return None
     try:
+        if not intact(path):
+            raise ValueError
         record = Record.model_validate_json(path.read_text(encoding="utf-8"))
-        if record.outcome != "failed":
+        if record.outcome != "failed" and not seal_of(path).exists():
             pq.read_table(folder / STEPS, columns=["step"], use_threads=False)
     except (ValidationError, OSError, ValueError) as error:
         raise ValueError(f"{path} is incomplete or damaged") from error
@@ -165,7 +168,8 @@ def write_run(folder: Path, record: Record, rows: Sequence[Row]) -> None:
     with atomic(folder / STEPS) as temporary:
         columns = {name: [row.get(name) for row in rows] for name in COLUMNS.names}
         pq.write_table(pa.table(columns, schema=COLUMNS), temporary)
-    write_text(folder / RECORD, record.model_dump_json(indent=2) + "\n")
+    with sealed(folder / RECORD, folder / STEPS) as temporary:
+        temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     for name in (CHECKPOINT, PROGRESS):
         (folder / name).unlink(missing_ok=True)
 

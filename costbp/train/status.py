@@ -54,7 +54,7 @@ def _progress(path: Path) -> tuple[float, float]:
     try:
         data = json.loads(path.read_text())
         return float(data["fraction"]), float(data["seconds"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return 0.0, 0.0
 
 

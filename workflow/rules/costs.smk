@@ -72,6 +72,7 @@ rule fit:
 
 rule costs:
     input:
+        again,
         expand(TRACED / "traces" / "{model}.json", model=COSTS.models if COSTS else []),
         expand(TRACED / "sweeps" / "{sweep}.json", sweep=list(COSTS.sweeps) if COSTS else []),
         expand(

@@ -34,6 +34,7 @@ rule measure:
 
 rule insight:
     input:
+        again,
         expand(RESULTS / "insight" / "{problem}.json", problem=list(PROBLEMS)),
     output:
         report(

@@ -30,6 +30,7 @@ rule trials:
 
 rule tune:
     input:
+        again,
         map(PLAN.trials_file, CELLS),
     output:
         RESULTS / "tuned.yaml",
