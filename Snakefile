@@ -11,7 +11,7 @@ from costbp.config.claims import traces
 from costbp.errors import UserError
 from costbp.files import write_text
 from costbp.data.pairs import check_pairs
-from costbp.cost.outlook import outlook_lines
+from costbp.cost.outlook import Known, outlook_lines
 
 
 configfile: "config/config.yaml"
@@ -37,6 +37,7 @@ if workflow.is_main_process:
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
 CELLS = list(PLAN.cells())
+KNOWN = Known(PLAN)  # what jobs ask a scheduler for, more with each attempt
 PAIRS = PLAN.pairs()
 HEADS = [model for model, _ in PAIRS if PLAN.catalog.models[model].reads == "features"]
 ENCODERS = [model for model, _ in PAIRS if model not in HEADS]

@@ -20,8 +20,20 @@ class Resources(Strict):
         "where runs take no longer than a process takes to start.",
     )
     gpu: int = Field(0, ge=0, description="GPUs of a training job.")
-    mem_mb: int = Field(2500, ge=100, description="Memory of a training job.")
-    runtime: int = Field(60, ge=1, description="Minutes a training job may take.")
+    mem_mb: int | None = Field(
+        None,
+        ge=100,
+        description="Memory of a job on its machine; default: by its model's configuration, else 2500.",
+    )
+    runtime: int | None = Field(
+        None,
+        ge=1,
+        description="Minutes a job may take; default: by its FLOPs where they are known and a GPU "
+        "does them, else 60.",
+    )
+    growth: float = Field(
+        1.5, ge=1, description="A job's next attempt asks for as many times its memory and time."
+    )
     memory: str | None = Field(
         None, description="What a run may take of its device, as 24GB; default: what a GPU has."
     )

@@ -1,14 +1,21 @@
-"""What a study will take, before it runs: FLOPs of its budgets, from configurations alone."""
+"""What a study will take, before it runs: FLOPs of its budgets and what its jobs ask a scheduler for, from
+configurations alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from costbp.config.catalog import ModelEntry, TaskEntry
 from costbp.config.sources import ConfigSource
 from costbp.config.study import Cell, Plan
 from costbp.cost.products import SIZES, Product, products, shares
 from costbp.tasks.base import load_task
+
+PROCESS_MB = 2500  # a process that trains, its data, and a small model
+GPU_PROCESS_MB = 6000  # the same with CUDA's libraries
+MINUTES = 60  # of a job of which no more is known
+SLACK = 2  # a run over its FLOPs: evaluation, start-up, a GPU that waits for its host
 
 
 @dataclass(frozen=True)
@@ -32,38 +39,78 @@ class Outlook:
 
 def outlook(plan: Plan, *, trials: bool = False) -> Outlook:
     """FLOPs of all runs (or all tuning trials) of a study whose models are given by configurations."""
-    total, runs = 0.0, 0
+    total, runs, known = 0.0, 0, Known(plan)
     unknown: dict[str, None] = {}
-    pairs: dict[tuple[str, str], list[Product]] = {}
     for cell in plan.cells():
-        entry = plan.catalog.models[cell.model]
-        source = entry.source
-        if not isinstance(source, ConfigSource) or source.config["model_type"] not in SIZES:
+        flops = known.flops(cell, trials=trials)
+        if flops is None:
             unknown[cell.model] = None
             continue
-        pair = (cell.model, cell.task)
-        if pair not in pairs:
-            pairs[pair] = _products(entry, source, plan.catalog.tasks[cell.task])
-        seeds, tuning = len(plan.seeds(cell)), plan.study.tuning
-        total += (tuning.total if trials else seeds) * _flops(plan, cell, pairs[pair])
-        runs += tuning.trials if trials else seeds
+        total += flops
+        runs += plan.study.tuning.trials if trials else len(plan.seeds(cell))
     return Outlook(total, runs, tuple(unknown))
 
 
-def _products(entry: ModelEntry, source: ConfigSource, task: TaskEntry) -> list[Product]:
-    classes = len(load_task(task.loader).names) or 1
-    vision = source.config.get("vision_config")
-    grid = source.image_side // vision["patch_size"] if vision else 0
-    return products(source, entry.train, task.batch_size, task.max_length, classes, grid)
+@dataclass
+class Known:
+    """What configurations tell of a study's experiments; products are listed once a pair."""
 
+    plan: Plan
+    _pairs: dict[tuple[str, str], list[Product]] = field(default_factory=dict)
 
-def _flops(plan: Plan, cell: Cell, found: list[Product]) -> float:
-    budget = plan.catalog.budgets[cell.budget]
-    forward = sum(product.flops for product in found)
-    if budget.forward_units is not None:
-        return budget.forward_units * forward
-    per_step = plan.catalog.methods[cell.method].closed_form(shares(found))
-    return (budget.steps or 0) * (per_step or 0.0) * forward
+    def products(self, model: str, task: str) -> list[Product] | None:
+        """The products of a forward pass; None for a model that isn't given by a configuration."""
+        entry, data = self.plan.catalog.models[model], self.plan.catalog.tasks[task]
+        source = entry.source
+        if not isinstance(source, ConfigSource) or source.config["model_type"] not in SIZES:
+            return None
+        if (model, task) not in self._pairs:
+            classes = len(load_task(data.loader).names) or 1
+            vision = source.config.get("vision_config")
+            grid = source.image_side // vision["patch_size"] if vision else 0
+            shape = data.batch_size, data.max_length, classes, grid
+            self._pairs[model, task] = products(source, entry.train, *shape)
+        return self._pairs[model, task]
+
+    def flops(self, cell: Cell, *, trials: bool = False) -> float | None:
+        """Of an experiment's runs, or of its tuning trials; None where its products aren't known."""
+        plan = self.plan
+        if (found := self.products(cell.model, cell.task)) is None:
+            return None
+        times = plan.study.tuning.total if trials else len(plan.seeds(cell))
+        budget = plan.catalog.budgets[cell.budget]
+        forward = sum(product.flops for product in found)
+        if budget.forward_units is not None:
+            return times * budget.forward_units * forward
+        per_step = plan.catalog.methods[cell.method].closed_form(shares(found))
+        return times * (budget.steps or 0) * (per_step or 0.0) * forward
+
+    # --- what jobs ask for ---------------------------------------------------------------------
+
+    def mem_mb(self, attempt: int, model: str = "", task: str = "") -> int:
+        """Memory of a job on its machine: a process and, where it reads a model's weights, their file as
+        if all of it were read at once. What a GPU holds isn't in it."""
+        resources, catalog = self.plan.study.resources, self.plan.catalog
+        base: float = resources.mem_mb or PROCESS_MB
+        if resources.mem_mb is None and model and (found := self.products(model, task)):
+            source, data = catalog.models[model].source, catalog.tasks[task]
+            assert isinstance(source, ConfigSource)
+            text = source.config.get("text_config", source.config)
+            # a forward pass takes two FLOPs a token and weight; embeddings are looked up
+            weights = sum(p.flops for p in found) / (2 * data.batch_size * data.max_length)
+            weights += text["vocab_size"] * text["hidden_size"]
+            base = GPU_PROCESS_MB if resources.gpu else PROCESS_MB
+            base += weights * (4 if source.dtype == "float32" else 2) / 1e6
+        return math.ceil(base * resources.growth ** (attempt - 1))
+
+    def runtime(self, attempt: int, cells: Sequence[Cell] = (), *, trials: bool = False) -> int:
+        """Minutes of a job: an hour, and twice what a GPU takes for the FLOPs of its training."""
+        resources = self.plan.study.resources
+        minutes: float = resources.runtime or MINUTES
+        flops = [self.flops(cell, trials=trials) for cell in cells]
+        if resources.runtime is None and resources.gpu and None not in flops:
+            minutes += SLACK * sum(f for f in flops if f) / (resources.tflops * 1e12) / 60
+        return math.ceil(minutes * resources.growth ** (attempt - 1))
 
 
 def outlook_lines(plan: Plan, *, tunes: bool = False) -> list[str]:

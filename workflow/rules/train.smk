@@ -24,8 +24,8 @@ rule train:
     priority: 1  # the long jobs first, so that no core waits for one at the end
     resources:
         gpu=PLAN.study.resources.gpu,
-        mem_mb=PLAN.study.resources.mem_mb,
-        runtime=PLAN.study.resources.runtime,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt, wildcards.model, wildcards.task),
+        runtime=lambda wildcards, attempt: KNOWN.runtime(attempt, PLAN.cells_of(**wildcards)),
     message:
         "training {wildcards.model} on {wildcards.task} by {params.names}, {wildcards.budget}"
     shell:

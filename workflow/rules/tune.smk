@@ -18,8 +18,8 @@ rule trials:
     threads: 1
     resources:
         gpu=PLAN.study.resources.gpu,
-        mem_mb=PLAN.study.resources.mem_mb,
-        runtime=PLAN.study.resources.runtime,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt, wildcards.model, wildcards.task),
+        runtime=lambda wildcards, attempt: KNOWN.runtime(attempt, [Cell(**wildcards)], trials=True),
     message:
         "trials of {wildcards.method} for {wildcards.model} on {wildcards.task}"
     shell:
