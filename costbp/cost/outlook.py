@@ -39,16 +39,12 @@ class Outlook:
 
 def outlook(plan: Plan, *, trials: bool = False) -> Outlook:
     """FLOPs of all runs (or all tuning trials) of a study whose models are given by configurations."""
-    total, runs, known = 0.0, 0, Known(plan)
-    unknown: dict[str, None] = {}
-    for cell in plan.cells():
-        flops = known.flops(cell, trials=trials)
-        if flops is None:
-            unknown[cell.model] = None
-            continue
-        total += flops
-        runs += plan.study.tuning.trials if trials else len(plan.seeds(cell))
-    return Outlook(total, runs, tuple(unknown))
+    known = Known(plan)
+    flops = {cell: known.flops(cell, trials=trials) for cell in plan.cells()}
+    counted = [cell for cell, found in flops.items() if found is not None]
+    unknown = dict.fromkeys(cell.model for cell in flops if cell not in counted)
+    runs = [plan.study.tuning.trials if trials else len(plan.seeds(cell)) for cell in counted]
+    return Outlook(sum(flops[cell] or 0.0 for cell in counted), sum(runs), tuple(unknown))
 
 
 @dataclass
@@ -74,43 +70,41 @@ class Known:
 
     def flops(self, cell: Cell, *, trials: bool = False) -> float | None:
         """Of an experiment's runs, or of its tuning trials; None where its products aren't known."""
-        plan = self.plan
-        if (found := self.products(cell.model, cell.task)) is None:
+        plan, found = self.plan, self.products(cell.model, cell.task)
+        if found is None:
             return None
-        times = plan.study.tuning.total if trials else len(plan.seeds(cell))
         budget = plan.catalog.budgets[cell.budget]
-        forward = sum(product.flops for product in found)
-        if budget.forward_units is not None:
-            return times * budget.forward_units * forward
-        per_step = plan.catalog.methods[cell.method].closed_form(shares(found))
-        return times * (budget.steps or 0) * (per_step or 0.0) * forward
-
-    # --- what jobs ask for ---------------------------------------------------------------------
+        units = budget.forward_units
+        if units is None:
+            per_step = plan.catalog.methods[cell.method].closed_form(shares(found))
+            units = (budget.steps or 0) * (per_step or 0.0)
+        times = plan.study.tuning.total if trials else len(plan.seeds(cell))
+        return times * units * sum(product.flops for product in found)
 
     def mem_mb(self, attempt: int, model: str = "", task: str = "") -> int:
         """Memory of a job on its machine: a process and, where it reads a model's weights, their file as
         if all of it were read at once. What a GPU holds isn't in it."""
-        resources, catalog = self.plan.study.resources, self.plan.catalog
-        base: float = resources.mem_mb or PROCESS_MB
-        if resources.mem_mb is None and model and (found := self.products(model, task)):
-            source, data = catalog.models[model].source, catalog.tasks[task]
+        asked, found = self.plan.study.resources, self.products(model, task) if model else None
+        base: float = asked.mem_mb or PROCESS_MB
+        if asked.mem_mb is None and found:
+            source, data = self.plan.catalog.models[model].source, self.plan.catalog.tasks[task]
             assert isinstance(source, ConfigSource)
             text = source.config.get("text_config", source.config)
             # a forward pass takes two FLOPs a token and weight; embeddings are looked up
             weights = sum(p.flops for p in found) / (2 * data.batch_size * data.max_length)
             weights += text["vocab_size"] * text["hidden_size"]
-            base = GPU_PROCESS_MB if resources.gpu else PROCESS_MB
+            base = GPU_PROCESS_MB if asked.gpu else PROCESS_MB
             base += weights * (4 if source.dtype == "float32" else 2) / 1e6
-        return math.ceil(base * resources.growth ** (attempt - 1))
+        return math.ceil(base * asked.growth ** (attempt - 1))
 
     def runtime(self, attempt: int, cells: Sequence[Cell] = (), *, trials: bool = False) -> int:
         """Minutes of a job: an hour, and twice what a GPU takes for the FLOPs of its training."""
-        resources = self.plan.study.resources
-        minutes: float = resources.runtime or MINUTES
-        flops = [self.flops(cell, trials=trials) for cell in cells]
-        if resources.runtime is None and resources.gpu and None not in flops:
-            minutes += SLACK * sum(f for f in flops if f) / (resources.tflops * 1e12) / 60
-        return math.ceil(minutes * resources.growth ** (attempt - 1))
+        asked = self.plan.study.resources
+        minutes: float = asked.runtime or MINUTES
+        if asked.runtime is None and asked.gpu:
+            flops = sum(self.flops(cell, trials=trials) or 0.0 for cell in cells)
+            minutes += SLACK * flops / (asked.tflops * 1e12) / 60
+        return math.ceil(minutes * asked.growth ** (attempt - 1))
 
 
 def outlook_lines(plan: Plan, *, tunes: bool = False) -> list[str]:

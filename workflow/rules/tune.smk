@@ -23,7 +23,7 @@ rule trials:
     message:
         "trials of {wildcards.method} for {wildcards.model} on {wildcards.task}"
     shell:
-        "OMP_NUM_THREADS={threads} costbp trials --plan {params.plan} --model {wildcards.model}"
+        "OMP_NUM_THREADS={threads} exec costbp trials --plan {params.plan} --model {wildcards.model}"
         " --task {wildcards.task} --method {wildcards.method} --budget {wildcards.budget}"
         " --out {output} > {log} 2>&1"
 
