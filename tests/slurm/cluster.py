@@ -37,8 +37,8 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-# plain processes, found through /proc: no cgroups, no pinning
-ProctrackType=proctrack/linuxproc
+# plain processes, no cgroups, no pinning; a group of processes ends with the first of them, as cgroups do
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 MpiDefault=none
 SwitchType=switch/none
