@@ -12,7 +12,7 @@ from costbp.config.claims import traces
 from costbp.errors import UserError
 from costbp.files import write_text
 from costbp.data.pairs import check_pairs
-from costbp.cost.outlook import outlook_lines
+from costbp.cost.outlook import Known, outlook_lines
 from costbp.train.damage import found_damaged
 
 
@@ -40,6 +40,7 @@ DAMAGED = found_damaged(PLAN) if workflow.is_main_process else []
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
 CELLS = list(PLAN.cells())
+KNOWN = Known(PLAN)  # what jobs ask a scheduler for, more with each attempt
 PAIRS = PLAN.pairs()
 HEADS = [model for model, _ in PAIRS if PLAN.catalog.models[model].reads == "features"]
 ENCODERS = [model for model, _ in PAIRS if model not in HEADS]

@@ -14,7 +14,7 @@ from costbp.config import load_plan
 from costbp.config.catalog import BudgetEntry, HubData
 from costbp.config.load import overlaid
 from costbp.cost.bench import Bench
-from costbp.cost.outlook import outlook, outlook_lines
+from costbp.cost.outlook import GPU_PROCESS_MB, PROCESS_MB, Known, outlook, outlook_lines
 from costbp.data.pairs import check_pairs
 from costbp.errors import UserError
 from tests.conftest import ROOT
@@ -116,7 +116,59 @@ def test_what_a_gpu_studys_jobs_ask_for(workdir):
         asked.setdefault(rule, set()).add(resources)
     (train,), (cost,), (encode,) = asked["train"], asked["cost"], asked["prepare"]
     assert "gpu=1" in train and "gpu=0" in cost and "gpu" not in encode
-    assert "mem_mb=8000" in encode and "runtime=60" in encode
+    for ask in (train, cost, encode):
+        assert "mem_mb=8000" in ask and "runtime=60" in ask
+
+
+def resources(plan, **values):
+    changed = plan.study.resources.model_copy(update=values)
+    return Known(
+        plan.model_copy(update={"study": plan.study.model_copy(update={"resources": changed})})
+    )
+
+
+@pytest.mark.parametrize("model, task", [("roberta_large", "boolq"), ("opt_6_7b", "agnews")])
+def test_memory_that_a_job_asks_for_holds_the_weights_file(model, task):
+    """As a trace counts the parameters, to a twentieth."""
+    plan = load_plan([Path("config/studies/paper.yaml")])
+    entry = plan.catalog.models[model]
+    size = 4 if entry.source.dtype == "float32" else 2
+    known = Known(plan)
+    weights = known.mem_mb(1, model, task) - GPU_PROCESS_MB
+    assert weights == pytest.approx(Bench(entry).parameters * size / 1e6, rel=0.05)
+    on_cpu = resources(plan, gpu=0).mem_mb(1, model, task)
+    assert on_cpu == pytest.approx(PROCESS_MB + weights, abs=1)
+    assert known.mem_mb(1) == PROCESS_MB, "a trace reads no weights"
+
+
+def test_time_that_a_job_asks_for_follows_its_flops():
+    plan = load_plan([Path("config/studies/paper.yaml")])
+    known, cells = Known(plan), list(plan.cells())[:2]
+    hour = known.runtime(1)
+    flops = sum(known.flops(cell) for cell in cells)
+    assert flops == pytest.approx(sum(3 * 20_000 for _ in cells) * _forward(known, cells[0]))
+    assert known.runtime(1, cells) == pytest.approx(hour + 2 * flops / 1e14 / 60, abs=1)
+    assert resources(plan, tflops=10).runtime(1, cells) > 3 * hour
+    trials = known.runtime(1, cells, trials=True) - hour
+    assert trials == pytest.approx(4 / 3 * (known.runtime(1, cells) - hour), abs=2)
+    assert resources(plan, gpu=0).runtime(1, cells) == hour, "a CPU's TFLOP/s are not known"
+
+
+def _forward(known, cell):
+    return sum(product.flops for product in known.products(cell.model, cell.task))
+
+
+def test_each_attempt_asks_for_more_and_what_a_study_says_goes_first():
+    plan = load_plan([Path("config/studies/paper.yaml")])
+    pair, cells = ("opt_13b", "boolq"), list(plan.cells())[:1]
+    said = resources(plan, mem_mb=1000, runtime=10)
+    assert [said.mem_mb(n, *pair) for n in (1, 2, 3)] == [1000, 1500, 2250]
+    assert [said.runtime(n, cells) for n in (1, 2, 3)] == [10, 15, 23]
+    flat = resources(plan, growth=1.0)
+    assert flat.mem_mb(3, *pair) == flat.mem_mb(1, *pair) == Known(plan).mem_mb(1, *pair)
+    default = load_plan()  # its models are not given by configurations
+    model, task, *_ = cell = next(default.cells())
+    assert (Known(default).mem_mb(1, model, task), Known(default).runtime(1, [cell])) == (2500, 60)
 
 
 def test_every_data_set_of_the_hub_is_pinned():

@@ -20,8 +20,11 @@ class Resources(Strict):
         "where runs take no longer than a process takes to start.",
     )
     gpu: int = Field(0, ge=0, description="GPUs of a training job.")
-    mem_mb: int = Field(2500, ge=100, description="Memory of a training job.")
-    runtime: int = Field(60, ge=1, description="Minutes a training job may take.")
+    mem_mb: int | None = Field(None, ge=100, description="MB of a job; default: by its model.")
+    runtime: int | None = Field(None, ge=1, description="Minutes of a job; default: by its FLOPs.")
+    growth: float = Field(
+        1.5, ge=1, description="What each next attempt of a job asks for, times the last."
+    )
     memory: str | None = Field(
         None, description="What a run may take of its device, as 24GB; default: what a GPU has."
     )

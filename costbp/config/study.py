@@ -365,9 +365,14 @@ class Plan(Strict):
     def specs(self, cell: Cell) -> list[RunSpec]:
         return [self.spec(cell, seed) for seed in self.seeds(cell)]
 
+    @staticmethod
+    def cells_of(model: str, task: str, methods: str, budget: str) -> list[Cell]:
+        """The experiments of a training job; ``methods`` are joined by ``+``."""
+        return [Cell(model, task, method, budget) for method in methods.split("+")]
+
     def hashes(self, model: str, task: str, methods: str, budget: str) -> list[str]:
-        """The runs of a training job; ``methods`` are joined by ``+``."""
-        cells = [Cell(model, task, method, budget) for method in methods.split("+")]
+        """The runs of a training job."""
+        cells = self.cells_of(model, task, methods, budget)
         return [spec.hash for cell in cells for spec in self.specs(cell)]
 
     def trial_spec(self, cell: Cell, setting: Setting, share: float) -> RunSpec:

@@ -1,7 +1,8 @@
-"""A private Slurm of one node under one folder: no systemd, no accounting, nothing outside it.
+"""A private Slurm under one folder: no systemd, no accounting, nothing outside it.
 
-Needs root and the Debian packages slurmctld, slurmd, slurm-client and munge. The GPUs exist in the
-books only: Slurm counts them and hands them out, no device is behind them.
+Its nodes are daemons of this machine, each with a port of its own, one core and one GPU; so they share
+the files. Needs root and the Debian packages slurmctld, slurmd, slurm-client and munge. Cores and GPUs
+exist in the books only: Slurm counts them and hands them out, no device is behind them.
 """
 
 from __future__ import annotations
@@ -18,26 +19,26 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CLIENTS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
-PARTITION = "main"
+PARTITION, URGENT = "main", "urgent"  # jobs of the second preempt those of the first
+NODES = ("node1", "node2", "node3")
 
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-# plain processes, found through /proc: no cgroups, no pinning
-ProctrackType=proctrack/linuxproc
+SlurmdLogFile={folder}/slurmd-%n.log
+# plain processes, no cgroups, no pinning; a group of processes ends with the first of them, as cgroups do
+ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 MpiDefault=none
 SwitchType=switch/none
@@ -48,14 +49,20 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 # start and reap jobs at once, and remember them until the test has looked
 SchedulerParameters=bf_interval=1,sched_interval=1,defer_batch,batch_sched_delay=0,sched_min_interval=0
-KillWait=2
+KillWait=15
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 MinJobAge=3600
 ReturnToService=2
 GresTypes=gpu
 # believe the line of the node, whatever the machine has
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=8000 Gres=gpu:{gpus} State=UNKNOWN
-PartitionName={partition} Nodes={host} Default=YES DefMemPerCPU=100 MaxTime=1-0 DefaultTime=10 State=UP
+{nodes}PartitionName={partition} Nodes=ALL Default=YES DefMemPerCPU=100 MaxTime=1-0 DefaultTime=10 State=UP
+PartitionName={urgent} Nodes=ALL PriorityTier=10 DefMemPerCPU=100 MaxTime=1-0 DefaultTime=10 State=UP
+"""
+
+NODE = """\
+NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=8000 Gres=gpu:1 State=UNKNOWN
 """
 
 # The jobstep plugin calls srun without any SLURM_ variable, SLURM_CONF included: so each client is
@@ -82,17 +89,17 @@ def calls(folder: Path, tool: str) -> list[str]:
 
 
 @contextmanager
-def one_node_slurm(folder: Path, gpus: int = 1) -> Iterator[dict[str, str]]:
+def running(folder: Path) -> Iterator[dict[str, str]]:
     """Run a cluster for the block; yields the environment in which its commands work.
 
     Args:
         folder: empty; holds configuration, logs and state. Its path must be short, since a socket
             lies in it.
-        gpus: how many GPUs the node claims to have.
     """
-    for name in ("state", "spool", "bin", "calls", "devices"):
+    spools = (f"spool-{node}" for node in NODES)
+    for name in ("state", "bin", "calls", "devices", *spools):
         (folder / name).mkdir(parents=True)
-    environment = _write(folder, gpus)
+    environment = _write(folder)
 
     def answers(*words: str) -> str | None:
         done = subprocess.run(
@@ -101,7 +108,8 @@ def one_node_slurm(folder: Path, gpus: int = 1) -> Iterator[dict[str, str]]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     def idle() -> bool:
-        return answers("sinfo", "--noheader", "--format=%T") == "idle"
+        states = answers("sinfo", "--noheader", "--format=%T", f"--partition={PARTITION}")
+        return states == "idle"
 
     munged = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     socket_file = f"--socket={folder}/munge.socket"
@@ -114,41 +122,44 @@ def one_node_slurm(folder: Path, gpus: int = 1) -> Iterator[dict[str, str]]:
         _wait(lambda: answers("munge", socket_file, "--no-input") is not None, "munged", folder)
         start("slurmctld", "-D", "-c")
         _wait(lambda: answers("scontrol", "ping") is not None, "slurmctld", folder)
-        start("slurmd", "-D")
-        _wait(idle, "an idle node", folder)
+        for node in NODES:
+            start("slurmd", "-D", "-N", node)
+        _wait(idle, "idle nodes", folder)
         try:
             yield environment
         finally:  # jobs first: a job's daemon would outlive slurmd
-            answers("scancel", f"--partition={PARTITION}")
+            answers("scancel", f"--partition={PARTITION},{URGENT}")
             _wait(lambda: answers("squeue", "--noheader") == "", "the end of all jobs", folder)
 
 
-def _write(folder: Path, gpus: int) -> dict[str, str]:
+def _write(folder: Path) -> dict[str, str]:
     """Write configuration and wrappers; returns the environment that leads to them."""
     host = socket.gethostname().split(".")[0]
-    with (
-        socket.create_server(("127.0.0.1", 0)) as one,
-        socket.create_server(("127.0.0.1", 0)) as two,
-    ):
-        ports = one.getsockname()[1], two.getsockname()[1]
+    with ExitStack() as stack:
+        servers = [socket.create_server(("127.0.0.1", 0)) for _ in ("controller", *NODES)]
+        ports = [stack.enter_context(server).getsockname()[1] for server in servers]
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(1024))
+    nodes = "".join(
+        NODE.format(node=node, host=host, port=port)
+        for node, port in zip(NODES, ports[1:], strict=True)
+    )
     text = CONF.format(
         host=host,
         folder=folder,
-        gpus=gpus,
-        partition=PARTITION,
         controller_port=ports[0],
-        node_port=ports[1],
+        nodes=nodes,
+        partition=PARTITION,
+        urgent=URGENT,
     )
     (folder / "slurm.conf").write_text(text)
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
     with (folder / "gres.conf").open("w") as gres:
-        for number in range(gpus):  # slurmd wants a device file of each: copies of /dev/null
-            device = folder / "devices" / f"nvidia{number}"
+        for node in NODES:  # slurmd wants a device file of each GPU: copies of /dev/null
+            device = folder / "devices" / node
             os.mknod(device, 0o20666, os.makedev(1, 3))
-            gres.write(f"NodeName={host} Name=gpu File={device}\n")
+            gres.write(f"NodeName={node} Name=gpu File={device}\n")
     for tool in CLIENTS:
         wrapper = folder / "bin" / tool
         wrapper.write_text(
@@ -167,7 +178,7 @@ def _write(folder: Path, gpus: int) -> dict[str, str]:
 @contextmanager
 def _daemon(folder: Path, environment: dict[str, str], *words: str) -> Iterator[None]:
     """A daemon in the foreground of its own session; only that process is stopped."""
-    with (folder / f"{words[0]}.out").open("w") as out:
+    with (folder / f"{words[0]}.out").open("a") as out:
         process = subprocess.Popen(
             words,
             env=environment,

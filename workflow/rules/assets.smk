@@ -36,8 +36,8 @@ rule prepare:
     threads: 1
     priority: 2  # all else waits for it
     resources:
-        mem_mb=PLAN.study.resources.mem_mb,
-        runtime=PLAN.study.resources.runtime,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt, wildcards.model, wildcards.task),
+        runtime=lambda wildcards, attempt: KNOWN.runtime(attempt),
     message:
         "encoding {wildcards.task} for {wildcards.model}"
     shell:

@@ -21,8 +21,8 @@ rule cost:
     priority: 1
     resources:
         gpu=lambda wildcards: 0 if PLAN.is_traced(wildcards.model) else PLAN.study.resources.gpu,
-        mem_mb=PLAN.study.resources.mem_mb,
-        runtime=PLAN.study.resources.runtime,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt),
+        runtime=lambda wildcards, attempt: KNOWN.runtime(attempt),
     message:
         "counting the cost of {params.methods} for {wildcards.model} on {wildcards.task}"
     shell:

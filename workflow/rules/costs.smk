@@ -18,7 +18,7 @@ rule cost_full_size:
         LOGS / "cost_full_size" / "{model}.benchmark.jsonl"
     threads: 1
     resources:
-        mem_mb=PLAN.study.resources.mem_mb,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt),
     message:
         "tracing {wildcards.model} at full size"
     shell:
@@ -38,7 +38,7 @@ rule sweep:
         LOGS / "sweep" / "{sweep}.benchmark.jsonl"
     threads: 1
     resources:
-        mem_mb=PLAN.study.resources.mem_mb,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt),
     message:
         "sweep: {wildcards.sweep}"
     shell:
@@ -61,7 +61,7 @@ rule fit:
     threads: 1
     priority: 1
     resources:
-        mem_mb=PLAN.study.resources.mem_mb,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt),
     message:
         "what fits: {wildcards.model}"
     shell:

@@ -23,8 +23,8 @@ rule measure:
         LOGS / "measure" / "{problem}.benchmark.jsonl"
     threads: 1
     resources:
-        mem_mb=PLAN.study.resources.mem_mb,
-        runtime=PLAN.study.resources.runtime,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt),
+        runtime=lambda wildcards, attempt: KNOWN.runtime(attempt),
     message:
         "measuring {wildcards.problem}"
     shell:

@@ -89,7 +89,7 @@ rule trace_claim:
         LOGS / "trace_claim" / "{trace}.log",
     threads: 1
     resources:
-        mem_mb=PLAN.study.resources.mem_mb,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt),
     message:
         "tracing for claims: {params.words}"
     shell:

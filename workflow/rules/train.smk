@@ -1,6 +1,7 @@
 # A job runs the experiments of one (model, task, budget): one of them, or as many as a study whose runs
 # are short puts into one process. Seeds run one after the other. What is finished lives in the run
-# store, outside `output:`, so that a failed or killed job loses nothing.
+# store, outside `output:`, so that a failed or killed job loses nothing. `exec`: a scheduler's signal to
+# end ends a shell at once, and its job with it, before the step is done and its checkpoint written.
 
 
 rule train:
@@ -24,12 +25,12 @@ rule train:
     priority: 1  # the long jobs first, so that no core waits for one at the end
     resources:
         gpu=PLAN.study.resources.gpu,
-        mem_mb=PLAN.study.resources.mem_mb,
-        runtime=PLAN.study.resources.runtime,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt, wildcards.model, wildcards.task),
+        runtime=lambda wildcards, attempt: KNOWN.runtime(attempt, PLAN.cells_of(**wildcards)),
     message:
         "training {wildcards.model} on {wildcards.task} by {params.names}, {wildcards.budget}"
     shell:
-        "OMP_NUM_THREADS={threads} costbp train --plan {params.plan} --model {wildcards.model}"
+        "OMP_NUM_THREADS={threads} exec costbp train --plan {params.plan} --model {wildcards.model}"
         " --task {wildcards.task} --method {params.names} --budget {wildcards.budget}"
         " --out {output} > {log} 2>&1"
 

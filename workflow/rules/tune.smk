@@ -18,12 +18,12 @@ rule trials:
     threads: 1
     resources:
         gpu=PLAN.study.resources.gpu,
-        mem_mb=PLAN.study.resources.mem_mb,
-        runtime=PLAN.study.resources.runtime,
+        mem_mb=lambda wildcards, attempt: KNOWN.mem_mb(attempt, wildcards.model, wildcards.task),
+        runtime=lambda wildcards, attempt: KNOWN.runtime(attempt, [Cell(**wildcards)], trials=True),
     message:
         "trials of {wildcards.method} for {wildcards.model} on {wildcards.task}"
     shell:
-        "OMP_NUM_THREADS={threads} costbp trials --plan {params.plan} --model {wildcards.model}"
+        "OMP_NUM_THREADS={threads} exec costbp trials --plan {params.plan} --model {wildcards.model}"
         " --task {wildcards.task} --method {wildcards.method} --budget {wildcards.budget}"
         " --out {output} > {log} 2>&1"
 
