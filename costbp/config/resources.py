@@ -28,6 +28,12 @@ class Resources(Strict):
     memory: str | None = Field(
         None, description="What a run may take of its device, as 24GB; default: what a GPU has."
     )
+    checkpoint_seconds: float = Field(
+        20.0,
+        ge=0,
+        description="Between two checkpoints of a run; longer where writing one takes more than a "
+        "twentieth of it, but for 0: after every step.",
+    )
     tflops: float = Field(
         100.0, gt=0, description="TFLOP/s that a GPU sustains, for the estimate of a study's hours."
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ from costbp.models.build import build_model
 from costbp.models.loss import LOSSES
 from costbp.objective import Objective
 from costbp.train import checkpoint
-from costbp.train.loop import Interrupted, Run, StepEvent
+from costbp.train.loop import Interrupted, Run, StepEvent, Watcher
 from costbp.train.progress import watching
 from costbp.train.record import (
     CHECKPOINT,
@@ -48,7 +47,7 @@ from costbp.train.record import (
     write_run,
 )
 
-CHECKPOINT_SECONDS = 20.0
+WRITING = 20  # times the seconds that a checkpoint takes are left to training between two
 MEMORY = "device bytes"  # in a record's environment: what the run might take
 
 
@@ -204,7 +203,7 @@ class _Session:
                 run = None  # it may hold half a checkpoint
                 run = self._build(spec, arranged)
             with watching(title, folder) as show:
-                outcome, message = run.train(_with_checkpoints(run, folder, stop, show))
+                outcome, message = run.train(self._with_checkpoints(run, folder, stop, show))
             summary = run.summary(test=test)
             if test and outcome == "completed" and run.spent() < ENOUGH:
                 say(
@@ -246,6 +245,24 @@ class _Session:
         key = f"{self.plan.cost_key(*spec.cell[:3])} {arranged.text if arranged else ''}"
         run.cost_of = self.counters.setdefault(key, run.cost_of)
         return run
+
+    def _with_checkpoints(self, run: Run, folder: Path, stop: Stop, show: Watcher) -> Watcher:
+        """A watcher that saves the run's state now and then, and where it is asked to stop."""
+        every = self.plan.study.resources.checkpoint_seconds
+        due = time.monotonic() + every
+
+        def watch(event: StepEvent) -> None:
+            nonlocal due
+            show(event)
+            if stop.requested or time.monotonic() >= due:
+                start = time.monotonic()
+                checkpoint.save(run.state_dict(), folder / CHECKPOINT)
+                end = time.monotonic()
+                due = end + (every and max(every, WRITING * (end - start)))
+            if stop.requested:
+                raise Interrupted
+
+        return watch
 
     def _predicted(self, spec: RunSpec) -> CostRecord | None:
         """The traced cost of a step, where there is a memory that it could exceed."""
@@ -289,21 +306,6 @@ def _resume(run: Run, folder: Path, title: str) -> bool:
             return False
         say(f"{title}: continuing from step {run.state.step}")
     return True
-
-
-def _with_checkpoints(run: Run, folder: Path, stop: Stop, show: Any) -> Any:
-    last = time.monotonic()
-
-    def watch(event: StepEvent) -> None:
-        nonlocal last
-        show(event)
-        if stop.requested or time.monotonic() - last > CHECKPOINT_SECONDS:
-            last = time.monotonic()
-            checkpoint.save(run.state_dict(), folder / CHECKPOINT)
-        if stop.requested:
-            raise Interrupted
-
-    return watch
 
 
 def write_manifest(path: Path, records: Sequence[Record], store: Path) -> None:
