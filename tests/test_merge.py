@@ -15,7 +15,7 @@ import pytest
 from costbp.cli import app
 from costbp.config import Cell, load_plan
 from costbp.errors import UserError
-from costbp.files import lock
+from costbp.files import intact, lock, seal_of
 from costbp.train.merge import merge
 from costbp.train.record import RECORD, STEPS, Record, Summary, read_record, write_run
 
@@ -58,7 +58,12 @@ def test_good_runs_are_copied_as_they_are(plan, capsys):
     assert merge(plan, [OTHER]) == {"merged": 2, "here already": 0, "refused": 0}
     for folder in folders:
         here = plan.study.paths.store / folder.relative_to(OTHER)
-        assert sorted(path.name for path in here.iterdir()) == [".lock", RECORD, STEPS]
+        assert sorted(path.name for path in here.iterdir()) == [
+            ".lock",
+            seal_of(Path(RECORD)).name,
+            RECORD,
+            STEPS,
+        ]
         for name in (RECORD, STEPS):
             assert (here / name).read_bytes() == (folder / name).read_bytes()
     assert merge(plan, [OTHER]) == {"merged": 0, "here already": 2, "refused": 0}
@@ -83,6 +88,7 @@ def test_a_failed_or_damaged_run_here_gives_way(plan):
     for seed in (0, 1):
         put(plan, OTHER, seed=seed)
     assert merge(plan, [OTHER])["merged"] == 2
+    assert all(intact(folder / RECORD) for folder in (damaged, failed))
     assert {read_record(folder).outcome for folder in (damaged, failed)} == {"completed"}
 
 
@@ -122,6 +128,10 @@ def spoiled(name: str):
         "failed": (lambda f: edit(f, lambda r: r.update(outcome="failed")), "the run failed"),
         "up": (elsewhere(["..", "..", "..", "esc"]), "its record is of '../../../esc"),
         "absolute": (elsewhere([away, "b", "c", "d"]), "its record is of '/"),
+        "digit": (
+            lambda f: edit(f, lambda r: r["summary"].update(test_accuracy=0.9)),
+            "it has changed since it was written",
+        ),
         "moved": (lambda f: f.rename(f.with_name(f"seed=9-{f.name[-8:]}")), "its record is of"),
         "file linked": (linked(RECORD), "record.json: is a symbolic link"),
         "steps linked": (linked(STEPS), "steps.parquet: is a symbolic link"),
@@ -131,20 +141,8 @@ def spoiled(name: str):
 
 
 SPOILED = (
-    *(
-        "seed",
-        "hash",
-        "key",
-        "half",
-        "steps",
-        "columns",
-        "gone",
-        "failed",
-        "up",
-        "absolute",
-        "moved",
-    ),
-    *("file linked", "steps linked", "folder linked", "pipe"),
+    *("seed", "hash", "key", "half", "steps", "columns", "gone", "failed", "up", "absolute"),
+    *("digit", "moved", "file linked", "steps linked", "folder linked", "pipe"),
 )
 
 

@@ -3,6 +3,7 @@ checked, never trusted: its names, its paths, its hashes."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from costbp.config.study import Cell, Plan
 from costbp.console import say
 from costbp.errors import UserError, first_line
-from costbp.files import atomic, ensure_folder, lock
+from costbp.files import atomic, ensure_folder, lock, seal_of, sealed
 from costbp.train.record import CHECKPOINT, COLUMNS, PROGRESS, RECORD, STEPS, Record, read_record
 
 LEVELS = (*Cell._fields, "seed")  # of folders in a store
@@ -115,6 +116,11 @@ def examine(store: Path, folder: Path) -> tuple[Record, dict[str, bytes]]:
     names = (*record.spec.cell, f"seed={record.spec.seed}-{record.hash}")
     if folder.relative_to(store).parts != names:
         raise Refused(f"its record is of {'/'.join(names)!r}")
+    if (seal := seal_of(folder / RECORD)).exists():
+        lines = _content(seal).decode("utf-8", "replace").splitlines()
+        marks = {f"{hashlib.sha256(content).hexdigest()}  {n}" for n, content in files.items()}
+        if marks != set(lines):
+            raise Refused("it has changed since it was written")
     return record, files
 
 
@@ -145,9 +151,10 @@ def _take(folder: Path, record: Record, files: dict[str, bytes]) -> str:
             if _figures(here) != _figures(record):
                 raise Refused(f"{folder} has other figures or another outcome; both are kept")
             return "here already"
-        for name, content in files.items():
-            with atomic(folder / name) as temporary:
-                temporary.write_bytes(content)
+        with atomic(folder / STEPS) as temporary:
+            temporary.write_bytes(files[STEPS])
+        with sealed(folder / RECORD, folder / STEPS) as temporary:
+            temporary.write_bytes(files[RECORD])
         for name in (CHECKPOINT, PROGRESS):
             (folder / name).unlink(missing_ok=True)
     return "merged"
