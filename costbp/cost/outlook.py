@@ -8,6 +8,7 @@ from costbp.config.catalog import ModelEntry, TaskEntry
 from costbp.config.sources import ConfigSource
 from costbp.config.study import Cell, Plan
 from costbp.cost.products import SIZES, Product, products, shares
+from costbp.errors import UserError
 from costbp.tasks.base import load_task
 
 
@@ -43,7 +44,11 @@ def outlook(plan: Plan, *, trials: bool = False) -> Outlook:
             continue
         pair = (cell.model, cell.task)
         if pair not in pairs:
-            pairs[pair] = _products(entry, source, plan.catalog.tasks[cell.task])
+            try:
+                pairs[pair] = _products(entry, source, plan.catalog.tasks[cell.task])
+            except UserError as error:
+                file = f"{plan.study.catalog / 'models'}.yaml"
+                raise UserError(f"{file}: {cell.model}.source: {error}") from error
         seeds, tuning = len(plan.seeds(cell)), plan.study.tuning
         total += (tuning.total if trials else seeds) * _flops(plan, cell, pairs[pair])
         runs += tuning.trials if trials else seeds
@@ -53,7 +58,7 @@ def outlook(plan: Plan, *, trials: bool = False) -> Outlook:
 def _products(entry: ModelEntry, source: ConfigSource, task: TaskEntry) -> list[Product]:
     classes = len(load_task(task.loader).names) or 1
     vision = source.config.get("vision_config")
-    grid = source.image_side // vision["patch_size"] if vision else 0
+    grid = source.image_side // vision.get("patch_size", 14) if vision else 0
     return products(source, entry.train, task.batch_size, task.max_length, classes, grid)
 
 

@@ -64,7 +64,13 @@ def _rows(task: TaskEntry, name: str, definition: Task, assets: Path) -> Iterato
             raise UserError(
                 f"task '{name}': asset '{data.asset}' is not in {assets}; run `costbp assets`"
             )
-        yield from definition.rows(folder)
+        try:
+            yield from definition.rows(folder)
+        except OSError as error:
+            raise UserError(
+                f"task '{name}': its rows can't be read from {folder} ({error.strerror}); run "
+                "`costbp assets`, or say where they are (data in tasks.yaml)"
+            ) from error
 
 
 def _saved(
