@@ -21,7 +21,7 @@ from costbp.errors import UserError, first_line
 T = TypeVar("T")
 
 # names become folders, wildcards and words of commands: at most 64 characters
-NAME = "^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])?$"
+NAME = "^([A-Za-z0-9_]|[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])$"
 EntryName = Annotated[str, Field(pattern=NAME)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 

@@ -14,7 +14,7 @@ from costbp.errors import UserError
 
 # libyaml, where it is built in, is ten times as fast
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-RESOLVER = yaml.resolver.Resolver()
+RESOLVER, NUMBERS = yaml.resolver.Resolver(), yaml.constructor.SafeConstructor()
 DEEPEST = 50  # levels; Python's own parts of the reader recurse
 MOST = 200_000  # values, with aliases written out
 TAG = "tag:yaml.org,2002:"
@@ -119,15 +119,10 @@ def _wrong(tag: str, value: str) -> str:
         return f"is read as {tag.removeprefix(TAG)}; put it in quotes"
     if tag == f"{TAG}int" and len(value) > LONGEST_INT:
         return "is too large a number"
-    if tag == f"{TAG}float" and not _is_finite(value):
+    if tag == f"{TAG}float" and not math.isfinite(
+        NUMBERS.construct_yaml_float(yaml.ScalarNode(tag, value))
+    ):
         return "is no finite number"
     if UNSHOWN.search(value):
         return "holds a character that can't be printed"
     return ""
-
-
-def _is_finite(value: str) -> bool:
-    try:
-        return math.isfinite(float(value.replace("_", "")))
-    except ValueError:  # .inf, .nan, and 1:30.5, which is finite
-        return ":" in value
