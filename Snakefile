@@ -1,5 +1,6 @@
 """Front door of the workflow: reads and validates the study, includes one file of rules a stage."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -27,13 +28,14 @@ try:
     RESULTS = PLAN.results
     RESOLVED = RESULTS / "plan.json"
     resolved = PLAN.model_dump_json(indent=2) + "\n"
-    if not RESOLVED.exists() or RESOLVED.read_bytes() != resolved.encode():
+    if not RESOLVED.is_file() or RESOLVED.read_bytes() != resolved.encode():
         write_text(RESOLVED, resolved)
-except UserError as error:
+    OUTLOOK = outlook_lines(PLAN, tunes="tune" in sys.argv)
+except (UserError, OSError) as error:
     raise WorkflowError(str(error)) from None
 
 if workflow.is_main_process:
-    for line in outlook_lines(PLAN, tunes="tune" in sys.argv):
+    for line in OUTLOOK:
         print(line, file=sys.stderr)
 DAMAGED = found_damaged(PLAN) if workflow.is_main_process else []
 
@@ -48,9 +50,8 @@ TEXTS = PLAN.texts_key()  # words of the report: a change redraws it, and runs n
 
 # Rules call the `costbp` that belongs to this interpreter, whatever PATH says, on every node.
 # Waiting threads that spin would make small models 10-20x slower on a busy machine.
-shell.prefix(
-    f"export PATH={Path(sys.executable).parent}:$PATH OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0; "
-)
+PROGRAMS = shlex.quote(str(Path(sys.executable).parent)).replace("{", "{{").replace("}", "}}")
+shell.prefix(f"export PATH={PROGRAMS}:$PATH OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0; ")
 
 
 # As an input no file: what is damaged is to be made again though it is there. In a dry run, too.
@@ -64,6 +65,9 @@ wildcard_constraints:
     method=r"[^/]+",
     methods=r"[^/]+",
     budget=r"[^/]+",
+    problem=r"[^/]+",
+    sweep=r"[^/]+",
+    trace=r"[^/]+",
 
 
 include: "workflow/rules/assets.smk"

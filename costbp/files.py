@@ -23,7 +23,14 @@ from costbp.errors import UserError, first_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAID = (  # by writers that raise an error of their own kind: torch, safetensors, SQLite
-    *("PytorchStreamWriter", "inline_container.cc", "I/O error", "No space left", "File too large"),
+    *(
+        "PytorchStreamWriter",
+        "inline_container.cc",
+        "iostream error",
+        "I/O error",
+        "No space left",
+        "File too large",
+    ),
     "database or disk is full",
 )
 

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from costbp.config.entries import Strict
 from costbp.config.load import overlaid
 from costbp.config.methods import MethodEntry
-from costbp.config.read import read_yaml, validate
+from costbp.config.read import validate
+from costbp.config.yaml_file import read_yaml
 from costbp.errors import UserError, suggest
 from costbp.estimators.base import Estimate
 from costbp.estimators.probe import settle

@@ -93,9 +93,11 @@ def _allowed(rule: dict[str, Any], parts: dict[str, Any]) -> Iterator[str]:
     elif rule.get("type") == "array":
         inner = " or ".join(_allowed(rule.get("items", {}), parts))
         least = ", at least one" if rule.get("minItems") == 1 else ""
-        yield f"list of {inner}s{least}" if inner else "list"
+        several = re.sub(r"^\w+(?= [<>])|(?<!^)$", r"\g<0>s", inner, count=1)
+        yield f"list of {several}{least}" if inner else "list"
     else:
         limits = [f"{sign} {rule[key]:g}" for key, sign in LIMITS.items() if key in rule]
+        limits = [limit.replace(f"{2**63:g}", "2^63") for limit in limits]
         word = WORDS.get(rule.get("type", ""), rule.get("format") or rule.get("type") or "any")
         pattern = f" matching `{rule['pattern']}`" if "pattern" in rule else ""
         path = rule.get("format") == "path"

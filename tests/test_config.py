@@ -33,7 +33,7 @@ CEILINGS = {  # what stands there -> words of the refusal
     "96XB": ["= '96XB'", "a number with a unit, as 24GB"],
     "'96'": ["= '96'", "with a unit"],
     "{inference: 0.9}": ["is {'inference': 0.9}, and wants", "1 or more"],
-    "{inference: .inf}": ["1 or more"],
+    "{inference: .inf}": [".inference, line", "'.inf' is no finite number"],
     "{inferense: 2}": ["is {'inferense': 2}, and wants", "{inference: 1.5}"],
     "[96MB]": ["is ['96MB'], and wants"],
 }

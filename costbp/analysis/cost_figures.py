@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from costbp.analysis.frames import labelled
-from costbp.analysis.panels import COLORS, MARKERS, by_doubling, front_of, grid, look
+from costbp.analysis.panels import COLORS, MARKERS, by_factors, front_of, grid, look
 from costbp.config.study import Plan
 
 CATEGORIES = (  # of what is beyond weights; bottom to top
@@ -62,7 +62,7 @@ def flops(plan: Plan, traces: pd.DataFrame) -> Figure:
             size=6,
             alpha=0.8,
         )
-        by_doubling(axis.xaxis)
+        by_factors(axis.xaxis)
         axis.grid(axis="y", visible=True)
 
     size = (8.6, 0.33 * frame["Method"].nunique() + 1.2)
@@ -83,7 +83,7 @@ def pareto(plan: Plan, traces: pd.DataFrame) -> Figure:
         for row in front.itertuples():
             at = (row.x, row.forward_units)
             axis.annotate(row.Method, at, (4, 5), textcoords="offset points", fontsize=8)
-        by_doubling(axis.xaxis, axis.yaxis)
+        by_factors(axis.xaxis, axis.yaxis)
         axis.margins(0.15)
 
     return grid(list(parts), fill, size=(4.4, 3.6), x=BYTES, y=UNITS)
@@ -100,9 +100,9 @@ def sweeps(plan: Plan, found: pd.DataFrame) -> Figure:
     def fill(axis: Any, place: int) -> None:
         name, y = panels[place]
         looks.lines(axis, frame[frame["sweep"] == name], "value", y)
-        by_doubling(axis.xaxis)
+        by_factors(axis.xaxis)
         if y == "gib":
-            by_doubling(axis.yaxis)
+            by_factors(axis.yaxis)
         else:
             axis.set_ylim(0, None)
         axis.set_xlabel(specs[name].label)

@@ -7,7 +7,6 @@ others are grey. Lines and points carry the address of their runs, which the SVG
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from costbp.analysis.panels import (
     DASHES,
     GREY,
     MARKERS,
+    by_factors,
     front_of,
     grid,
     nothing,
@@ -34,7 +34,7 @@ from costbp.analysis.panels import (
 )
 from costbp.analysis.readings.convergence import profiles
 from costbp.analysis.statistics import interval
-from costbp.analysis.tables import NAMES, SETTING, beyond, leaders, mib, run_folder
+from costbp.analysis.tables import NAMES, SETTING, address, beyond, leaders, mib, run_folder
 from costbp.config.study import Plan
 from costbp.train.record import STEPS
 
@@ -84,7 +84,7 @@ def _legend(plan: Plan) -> dict[str, str]:
 def _address(plan: Plan, rows: pd.DataFrame, *words: str) -> str:
     """The folder of an experiment's runs as seen from a figure, and what to say of it."""
     row, paths = rows.iloc[0], plan.study.paths
-    folder = os.path.relpath(paths.store.joinpath(*row[CELL]), paths.reports / "figures")
+    folder = address(paths.store.joinpath(*row[CELL]), paths.reports / "figures")
     return f"{folder}#{', '.join([row['Method'], *words])}"
 
 
@@ -249,7 +249,7 @@ def jumps(plan: Plan, steps: pd.DataFrame) -> Figure:
                 color=_style(part)["color"],
             )
             line.set_url(_address(plan, part, f"seed {part['seed'].iloc[0]}"))
-        axis.set_yscale("log")
+        by_factors(axis.yaxis, of=10)
 
     named = {"x": AXES["forward_units"], "y": "Directional derivative, rms"}
     return _settings(plan, steps, fill, **named, empty="no method takes directional derivatives")

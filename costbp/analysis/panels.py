@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from costbp.config.study import Plan
 from costbp.files import atomic
@@ -127,6 +127,7 @@ def grid(
             "axes.edgecolor": LINE,
             "svg.fonttype": "none",
             "svg.hashsalt": "costbp",
+            "text.parse_math": False,  # labels are a user's text, dollars and all
         },
     )
     columns = min(columns, len(titles))
@@ -169,12 +170,13 @@ def wrapped(*lines: str) -> str:
     return "\n".join(fill(line, 52) for line in lines)
 
 
-def by_doubling(*axes: Any) -> None:
-    """Axes that double from tick to tick, in plain numbers."""
+def by_factors(*axes: Any, of: int = 2) -> None:
+    """Logarithmic axes, doubling from tick to tick or growing tenfold, in plain numbers."""
     for axis in axes:
         setter = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
-        setter("log", base=2)
+        setter("log", base=of)
         axis.set_major_formatter(FuncFormatter(plain))
+        axis.set_minor_formatter(LogFormatter(of))
 
 
 def plain(value: float, _: int = 0) -> str:

@@ -22,6 +22,7 @@ from costbp.analysis.outputs import REPORT, Figure
 from costbp.analysis.panels import EMPTY, INK, LINE
 from costbp.analysis.tables import (
     SETTING,
+    address,
     cost_line,
     cost_table,
     leaders,
@@ -58,9 +59,7 @@ def order_of(cell: Any) -> float | None:
 
 def link(plan: Plan, folder: str | os.PathLike[str], text: str) -> Markup:
     """``text`` that leads from the page to a folder."""
-    return Markup('<a href="{}">{}</a>').format(
-        Path(os.path.relpath(folder, plan.study.paths.reports)).as_posix(), text
-    )
+    return Markup('<a href="{}">{}</a>').format(address(folder, plan.study.paths.reports), text)
 
 
 def settings(plan: Plan, frames: Frames) -> list[dict[str, Any]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
+import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -17,6 +18,10 @@ from costbp.train.record import ENOUGH
 
 SETTING = ["model", "task", "budget"]  # within which methods are compared
 NAMES = {"fmad": "FmAD", "zo": "ZO"}
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "%&_#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -56,6 +61,11 @@ def leaders(plan: Plan, runs: pd.DataFrame) -> set[tuple[str, ...]]:
         groups = best.groupby([*SETTING, "family"])["best_validation_accuracy"]
         found |= set(best.loc[groups.idxmax(), CELL].itertuples(index=False, name=None))
     return found
+
+
+def address(folder: str | os.PathLike[str], start: Path) -> str:
+    """A folder as a link from a file in ``start``."""
+    return quote(Path(os.path.relpath(folder, start)).as_posix(), safe="/=")
 
 
 def run_folder(plan: Plan, run: Any) -> Path:
@@ -219,16 +229,16 @@ def _gib(value: float) -> str:
 def markdown(table: pd.DataFrame) -> str:
     """A GitHub table."""
     lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    lines += [
-        "| " + " | ".join(str(v) for v in row) + " |" for row in table.itertuples(index=False)
-    ]
+    for row in table.itertuples(index=False):
+        cells = (" ".join(str(value).split()).replace("|", "\\|") for value in row)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
     """A booktabs table."""
     columns = "l" * 3 + "r" * (len(table.columns) - 3)
-    escaped = re.sub(r"([%&_#])", r"\\\1", caption)
+    escaped = caption.translate(LATEX)
     text = table.to_latex(index=False, escape=True, column_format=columns, caption=escaped)
     return "% needs \\usepackage{booktabs}\n" + text
 

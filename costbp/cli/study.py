@@ -26,8 +26,9 @@ from costbp.cli.app import (
 from costbp.config.catalog import Catalog, state
 from costbp.config.groups import load_groups
 from costbp.config.load import DEFAULT
-from costbp.config.read import read_yaml
+from costbp.config.read import laid_over
 from costbp.config.study import Plan
+from costbp.config.yaml_file import read_yaml
 from costbp.console import say, table
 from costbp.errors import UserError, suggest
 
@@ -94,7 +95,10 @@ def train(
     budget: Budget,
     config: Config = None,
     plan: Frozen = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Instead of the study's seeds.")] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(min=0, max=2**63 - 1, help="Instead of the study's seeds."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Start although the traced memory doesn't fit.")
     ] = False,
@@ -329,9 +333,12 @@ def entries(study: Plan, kind: str) -> dict[str, dict[str, Any]]:
     """Name -> keys of every entry of a kind."""
     if kind == "studies":
         files = [DEFAULT, *sorted((DEFAULT.parent / "studies").glob("*.yaml"))]
-        read = {file: read_yaml(file) for file in files}
+        read = {file: laid_over([(file, read_yaml(file))]) for file in files}
         return {
-            data["study"]: {"file": str(file), "description": data.get("description", "")}
+            data.get("study", file.stem): {
+                "file": str(file),
+                "description": data.get("description", ""),
+            }
             for file, data in read.items()
         }
     if kind == "groups":

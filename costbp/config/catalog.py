@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from costbp.config.costs import card_bytes
-from costbp.config.entries import Entry, Strict
+from costbp.config.entries import Entry, EntryName, Seed, Strict
 from costbp.config.loaders import Classification, Loader
 from costbp.config.methods import MethodEntry
 from costbp.config.sources import (
@@ -193,7 +192,11 @@ class HubData(Mapped, Repository):
     """A data set of the hub, fetched once."""
 
     kind: Literal["hub"]
-    config: str | None = Field(None, description="Name of its configuration, where it has several.")
+    config: str | None = Field(
+        None,
+        pattern="^[A-Za-z0-9_.+-]+$",
+        description="Name of its configuration, where it has several.",
+    )
     files: dict[str, str] = Field(
         {}, description="The source's split -> pattern of its parquet files; default: all."
     )
@@ -259,7 +262,7 @@ class TaskEntry(Entry):
     train: int | None = Field(None, ge=1, description="Training examples; default: what is left.")
     validation: int = Field(ge=1, description="Examples of the validation split.")
     test: int = Field(ge=1, description="Examples of the test split.")
-    split_seed: int = Field(0, description="Seed of the one shuffle behind the splits.")
+    split_seed: Seed = Field(0, description="Seed of the one shuffle behind the splits.")
     partition: Partition | None = Field(None, description="A label-skewed part instead of all.")
     label_words: dict[str, str] = Field(
         {},
@@ -297,8 +300,10 @@ class TaskEntry(Entry):
 class BudgetEntry(Entry):
     """A stopping rule, exactly one of `forward_units` and `steps`, and a ceiling of memory."""
 
-    forward_units: float | None = Field(None, gt=0, description="No-grad forwards of one batch.")
-    steps: int | None = Field(None, ge=1, description="Optimiser steps.")
+    forward_units: float | None = Field(
+        None, gt=0, le=1e15, description="No-grad forwards of one batch."
+    )
+    steps: int | None = Field(None, ge=1, le=10**15, description="Optimiser steps.")
     peak_memory: str | dict[Literal["inference"], float] | None = Field(
         None,
         description="Ceiling of all bytes at a step's peak, weights included: a size, as 96MB, or "
@@ -312,7 +317,7 @@ class BudgetEntry(Entry):
         times = value.get("inference") if isinstance(value, dict) and len(value) == 1 else None
         if isinstance(value, str):
             card_bytes(value)
-        elif not (value is None or (isinstance(times, int | float) and 1 <= times < math.inf)):
+        elif not (value is None or (isinstance(times, int | float) and 1 <= times <= 1e6)):
             wanted = "a size, as 96MB, or {inference: 1.5}, where the multiple is 1 or more"
             raise ValueError(f"is {value}, and wants {wanted}")
         return value
@@ -364,8 +369,8 @@ def state(what: Fetchable) -> str:
 class Catalog(Strict):
     """All entries by name."""
 
-    methods: dict[str, MethodEntry]
-    models: dict[str, ModelEntry]
-    tasks: dict[str, TaskEntry]
-    budgets: dict[str, BudgetEntry]
-    assets: dict[str, AssetEntry]
+    methods: dict[EntryName, MethodEntry]
+    models: dict[EntryName, ModelEntry]
+    tasks: dict[EntryName, TaskEntry]
+    budgets: dict[EntryName, BudgetEntry]
+    assets: dict[EntryName, AssetEntry]

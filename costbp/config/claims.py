@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from costbp.config.costs import card_bytes
-from costbp.config.entries import Strict
+from costbp.config.entries import EntryName, Strict, short_hash
 from costbp.config.methods import Family
 
 Unit = Literal["points", "percent", "percent less", "percent faster", "x"]
@@ -34,7 +34,8 @@ class Traced(Strict):
 
     def file(self, model: str) -> str:
         """Name of the file that holds a model's traces."""
-        return f"{model}-{self.batch}x{self.seq}-{'+'.join(self.methods)}.json"
+        name = f"{model}-{self.batch}x{self.seq}-{'+'.join(self.methods)}"
+        return (name if len(name) <= 200 else f"{name[:190]}-{short_hash(name)}") + ".json"
 
 
 class Stated(Strict):
@@ -194,7 +195,7 @@ Claim = Annotated[
     | AbsentClaim,
     Field(discriminator="reading"),
 ]
-Claims = dict[str, Claim]
+Claims = dict[EntryName, Claim]
 
 
 class Trace(NamedTuple):

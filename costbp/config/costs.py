@@ -6,7 +6,7 @@ import re
 
 from pydantic import Field, field_validator
 
-from costbp.config.entries import Strict
+from costbp.config.entries import EntryName, Strict
 
 
 def card_bytes(text: str) -> int:
@@ -15,9 +15,9 @@ def card_bytes(text: str) -> int:
     Raises:
         ValueError: no positive number, or no unit.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]+)?)\s*([KMGT])i?B?\s*", text, re.IGNORECASE)
     if found is None or not float(found[1]):
-        raise ValueError("wants a number with a unit, as 24GB or 512MB, above 0")
+        raise ValueError("wants a number with a unit, as 24GB or 512MB, above 0 and below 10^9")
     return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2].upper())))
 
 
@@ -58,5 +58,5 @@ class Costs(Strict):
     methods: tuple[str, ...] = Field(min_length=1, description="Names in methods.yaml.")
     batch: int = Field(8, ge=1, description="Examples a batch.")
     seq: int = Field(64, ge=2, description="Tokens an example.")
-    sweeps: dict[str, Sweep] = Field({}, description="Cost against one key, by name.")
+    sweeps: dict[EntryName, Sweep] = Field({}, description="Cost against one key, by name.")
     fits: Fits | None = Field(None, description="The largest batch on each card.")

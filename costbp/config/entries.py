@@ -12,7 +12,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -20,11 +20,16 @@ from costbp.errors import UserError, first_line
 
 T = TypeVar("T")
 
+# names become folders, wildcards and words of commands: at most 64 characters
+NAME = "^([A-Za-z0-9_]|[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])$"
+EntryName = Annotated[str, Field(pattern=NAME)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
 
 class Strict(BaseModel):
     """Immutable, and unknown keys are mistakes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Entry(Strict):

@@ -10,12 +10,13 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field
 
 from costbp.config.catalog import Catalog, ModelEntry
-from costbp.config.entries import Strict
-from costbp.config.read import Loc, Sources, blame, dotted, read_yaml, validate
+from costbp.config.entries import EntryName, Strict
+from costbp.config.read import Loc, Sources, blame, dotted, validate
+from costbp.config.yaml_file import read_yaml
 from costbp.errors import UserError, suggest
 
 Kind = Literal["methods", "models", "tasks", "budgets"]
-Groups = dict[Kind, dict[str, Annotated[tuple[str, ...], Field(min_length=1)]]]
+Groups = dict[Kind, dict[EntryName, Annotated[tuple[str, ...], Field(min_length=1)]]]
 Part = TypeVar("Part", bound=Strict)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from costbp.config.catalog import Catalog
-from costbp.config.entries import Strict, short_hash
+from costbp.config.entries import EntryName, Seed, Strict, short_hash
 
 Kind = Literal[
     "Gaussian",
@@ -58,7 +58,7 @@ Problem = Annotated[Quadratic | Trained, Field(discriminator="kind")]
 class Insight(Strict):
     """Estimates held against the theory of their variance and of descent with them."""
 
-    problems: dict[Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")], Problem] = Field(
+    problems: dict[EntryName, Problem] = Field(
         min_length=1, description="What is measured, by name."
     )
     counts: Counts = Field((1, 4, 16, 64), description="Directions K; those above d are left out.")
@@ -68,7 +68,7 @@ class Insight(Strict):
     steps: int = Field(40, ge=2, description="Of a run that shows whether a rate is stable.")
     reach: Counts = Field((8, 32), description="BP's steps to the losses that others must reach.")
     longest: int = Field(5000, ge=1, description="Steps after which a run is given up.")
-    seed: int = Field(0, description="First seed.")
+    seed: Seed = Field(0, description="First seed.")
 
     def key(self, name: str, catalog: Catalog) -> str:
         """Hash of what a problem's points depend on, but for the data."""

@@ -18,10 +18,11 @@ from costbp.config.entries import Strict
 from costbp.config.groups import Names, load_groups
 from costbp.config.insight import Trained
 from costbp.config.methods import MethodEntry
-from costbp.config.read import Loc, Sources, blame, dotted, laid_over, read_yaml, validate, value_at
+from costbp.config.read import Loc, Sources, blame, dotted, laid_over, validate, value_at
 from costbp.config.sources import FolderSource
 from costbp.config.study import Plan, Study
 from costbp.config.tuning import Choices, Tuned
+from costbp.config.yaml_file import read_yaml
 from costbp.errors import UserError, suggest
 from costbp.files import read_cached
 
@@ -123,6 +124,13 @@ def load_plan(
     Raises:
         UserError: any mistake, in one line naming file, key, value and the allowed values.
     """
+    try:
+        return _load_plan(overlays, merged, base)
+    except OSError as error:  # a name that no file can have, or a place that can't be read
+        raise UserError(f"{base}: {error.filename}: {error.strerror}") from error
+
+
+def _load_plan(overlays: Sequence[Path], merged: Mapping[str, Any] | None, base: Path) -> Plan:
     sources = [(path, read_yaml(path)) for path in dict.fromkeys([base, *overlays])]
     data: Mapping[str, Any] = laid_over(sources)
     if merged is not None:

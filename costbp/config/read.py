@@ -7,37 +7,15 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from costbp.config.entries import NAME
 from costbp.errors import UserError, suggest
 
 T = TypeVar("T")
 Loc = tuple[int | str, ...]
 Sources = Sequence[tuple[Path, Any]]  # file, content; the last has the last word
-# libyaml, where it is built in, is ten times as fast
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 TAGS = ("kind", "reading")  # keys whose value says which model of a union is meant
-
-
-def read_yaml(path: Path) -> Any:
-    """Parse one YAML file.
-
-    Raises:
-        UserError: the file is missing or is not YAML; names file and line.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER) or {}
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file (run from the repository's root)") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}:{where} is not valid YAML ({getattr(error, 'problem', error)})"
-        ) from error
 
 
 def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,6 +154,12 @@ def _explain(
         text = f"unknown key '{value}'; {suggest(value, allowed)}"
         if plain[-1] != "[key]":  # pydantic's name for a key of a mapping
             text = f"{dotted(plain)} = '{value}' is not known; {suggest(value, allowed)}"
+    elif context.get("pattern") == NAME:
+        place = dotted(tuple(part for part in plain if part != "[key]")[:-1] or plain)
+        text = (
+            f"{place}: {str(problem['input'])[:80]!r} can't be a name: that has 1 to 64 of the characters "
+            f"A-Z a-z 0-9 _ - ., the first no - or ., the last no . (pattern {NAME})"
+        )
     else:
         value = problem["input"]
         shown = "" if isinstance(value, Mapping | list | tuple) else f" = {value!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import Field, field_validator
@@ -54,3 +55,12 @@ class Paths(Strict):
     results: Path = Field(Path("results"), description="Manifests and tidy tables, by study.")
     reports: Path = Field(Path("reports"), description="What people read.")
     mlflow: Path = Field(Path("mlflow"), description="Local MLflow database and artifacts.")
+
+    @field_validator("*")
+    @classmethod
+    def _no_patterns(cls, path: Path) -> Path:
+        if re.search(r"[{}<>\x00-\x1f\x7f]", str(path)):
+            raise ValueError(
+                "has braces, angle brackets or a line break; Snakemake reads those as its own"
+            )
+        return path

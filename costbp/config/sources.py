@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from costbp.config.entries import PythonFile, Strict
+from costbp.config.entries import PythonFile, Seed, Strict
 
 Form = Literal["encoder", "classifier", "causal", "image_text"]
 FORMS = """What the model puts out: `encoder` (hidden states, whose mean a head of ours reads),
@@ -15,6 +15,40 @@ on text and image)."""
 TRACED = ("classifier", "causal", "image_text")  # forms whose steps are traced without weights
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPE = "Of the frozen base; what is trained is float32."
+
+
+COUNTS = (  # keys of a configuration that are whole numbers, as this package reads them
+    *("hidden_size", "intermediate_size", "ffn_dim", "vocab_size", "num_hidden_layers"),
+    *(
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "embed_dim",
+        "depth",
+    ),
+    *("patch_size", "temporal_patch_size", "spatial_merge_size", "in_channels"),
+)
+MAY_BE_NULL = ("num_key_value_heads", "max_position_embeddings")
+PARTS = ("text_config", "vision_config")
+
+
+def _counts(config: dict[str, Any]) -> dict[str, Any]:
+    """``config``, if it can be read: its parts hold keys, and what counts is a whole number."""
+    for name in ("", *(part for part in PARTS if part in config)):
+        values = config[name] if name else config
+        if not isinstance(values, dict):
+            raise ValueError(f"{name} must hold keys and values")
+        for key in COUNTS:
+            value = values.get(key, 1)
+            if value is None and key in MAY_BE_NULL:
+                continue
+            if type(value) is not int or not 1 <= value <= 10**7:
+                place = f"{name}.{key}" if name else key
+                raise ValueError(f"{place} is {value!r}, and wants a whole number from 1 to 10^7")
+    return config
+
+
+Config = Annotated[dict[str, Any], AfterValidator(_counts)]
 
 
 class Source(Strict):
@@ -42,8 +76,14 @@ class Source(Strict):
 class Repository(Strict):
     """A repository of the Hugging Face hub at a fixed state."""
 
-    repo: str = Field(pattern="^[^/ ]+/[^/ ]+$", description="`owner/name` on the hub.")
-    revision: str = Field("main", description="Commit; with `main` the first fetch decides.")
+    repo: str = Field(
+        pattern="^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$", description="`owner/name` on the hub."
+    )
+    revision: str = Field(
+        "main",
+        pattern="^[A-Za-z0-9_.-]+$",
+        description="Commit; with `main` the first fetch decides.",
+    )
 
     @property
     def folder(self) -> str:
@@ -85,8 +125,8 @@ class RandomSource(Source):
 
     kind: Literal["random"]
     model_type: str = Field(description="transformers model type, for example `bert`.")
-    config: dict[str, Any] = Field(description="Overrides of its config.")
-    seed: int = Field(0, description="Of the weights.")
+    config: Config = Field(description="Overrides of its config.")
+    seed: Seed = Field(0, description="Of the weights.")
 
 
 class ConfigSource(Source):
@@ -95,10 +135,16 @@ class ConfigSource(Source):
 
     kind: Literal["config"]
     form: Literal["classifier", "causal", "image_text"] = Field(description=FORMS)
-    config: dict[str, Any] = Field(description="Content of the model's `config.json`.")
+    config: Config = Field(description="Content of the model's `config.json`.")
     dtype: DType = Field("bfloat16", description=DTYPE)
     loss_chunk: int | None = Field(None, ge=1, description="Tokens whose logits exist at a time.")
     weights: Repository | None = Field(None, description="Where the weights are, for training.")
+
+    @model_validator(mode="after")
+    def _is_typed(self) -> Self:
+        if not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config.model_type must say which architecture it is")
+        return self
 
 
 Base = Annotated[AssetSource | HubSource | FolderSource | RandomSource, Field(discriminator="kind")]

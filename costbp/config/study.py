@@ -21,7 +21,7 @@ from costbp.config.catalog import (
 )
 from costbp.config.claims import Claims
 from costbp.config.costs import Costs
-from costbp.config.entries import Strict, short_hash
+from costbp.config.entries import EntryName, Seed, Strict, short_hash
 from costbp.config.evaluation import Evaluation
 from costbp.config.insight import Insight
 from costbp.config.methods import MethodEntry
@@ -32,6 +32,7 @@ from costbp.config.tuning import Choice, Choices, Setting, Trial, Tuned, Tuning,
 from costbp.files import digest
 
 FORMAT = 8  # raised when the meaning of a run changes, so that old records are not mistaken for new
+LONGEST = 200  # characters of a file's name, which a file system has 255 for
 COSTS = 3  # the same for what is measured of a step's cost
 
 
@@ -56,7 +57,7 @@ class Block(Strict):
         min_length=1, description="Names in methods.yaml, or groups (groups.yaml)."
     )
     budgets: tuple[str, ...] = Field(min_length=1, description="Names in budgets.yaml.")
-    seeds: tuple[int, ...] | None = Field(
+    seeds: tuple[Seed, ...] | None = Field(
         None, min_length=1, description="Seeds of this block; default: the study's."
     )
 
@@ -64,9 +65,7 @@ class Block(Strict):
 class Study(Strict):
     """What a configuration file holds."""
 
-    study: str = Field(
-        pattern="^[A-Za-z0-9_-]+$", description="Name: folder under results/ and logs/."
-    )
+    study: EntryName = Field(description="Name: folder under results/ and logs/.")
     description: str = Field("", description="Shown at the top of the report.")
     scale: Literal["reduced", "full"] = Field(
         "reduced", description="`full`: *verified*, *falsified*; else *toy*."
@@ -76,7 +75,7 @@ class Study(Strict):
     trace_claims: bool = Field(
         True, description="Trace the full-size steps that claims ask for, about a minute."
     )
-    seeds: tuple[int, ...] = Field(min_length=1, description="One run per experiment and seed.")
+    seeds: tuple[Seed, ...] = Field(min_length=1, description="One run per experiment and seed.")
     experiments: tuple[Block, ...] = Field(min_length=1, description="Products of names.")
     evaluation: Evaluation = Field(description="When runs are scored, and when they diverge.")
     tuning: Tuning = Field(description="How learning rates are chosen.")
@@ -183,6 +182,8 @@ class Plan(Strict):
             methods.setdefault((cell.model, cell.task, cell.budget), []).append(cell.method)
         for names, found in methods.items():
             count = -(-len(found) // self.study.resources.methods_per_job)
+            while max(len("+".join(found[n::count])) for n in range(count)) > LONGEST:
+                count += 1
             for number in range(count):
                 yield (*names, tuple(found[number::count]))
 

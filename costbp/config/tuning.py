@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, field_validator
 
-from costbp.config.entries import Entry, Strict, short_hash
+from costbp.config.entries import Entry, Seed, Strict, short_hash
 from costbp.config.methods import MethodEntry
 from costbp.config.optimizer import Name, OptimizerSpec
 
@@ -115,16 +115,16 @@ class Tuning(Strict):
         "without differences try finer rates instead.",
     )
     beyond: int = Field(
-        2, ge=0, description="Decades by which a best rate at an edge may extend the range."
+        2, ge=0, le=10, description="Decades by which a best rate at an edge may extend the range."
     )
-    seed: int = Field(1000, description="Seed of the trials, outside the study's seeds.")
+    seed: Seed = Field(1000, description="Seed of the trials, outside the study's seeds.")
 
     @field_validator("rates")
     @classmethod
     def _rising(cls, rates: dict[Name, Rates]) -> dict[Name, Rates]:
         for name, found in rates.items():
-            if list(found) != sorted(set(found)) or found[0] <= 0:
-                raise ValueError(f"rates of {name} must rise, from above 0")
+            if list(found) != sorted(set(found)) or not 0 < found[0] < found[-1] <= 1e6:
+                raise ValueError(f"rates of {name} must rise, from above 0 to 1e6 at most")
         return rates
 
     @property

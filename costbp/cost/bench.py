@@ -41,10 +41,10 @@ def entry_from_config(path: Path) -> ModelEntry:
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = dict(json.loads(file.read_text(encoding="utf-8")))
+        architecture = " ".join(values.get("architectures") or ())
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file}: is not a readable JSON file ({error})") from error
-    architecture = " ".join(values.get("architectures") or ())
     form = "causal"
     if "vision_config" in values:
         form = "image_text"

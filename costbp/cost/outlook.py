@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from costbp.config.sources import ConfigSource
 from costbp.config.study import Cell, Plan
 from costbp.cost.products import SIZES, Product, products, shares
+from costbp.errors import UserError
 from costbp.tasks.base import load_task
 
 PROCESS_MB = 2500  # a process that trains, its data, and a small model
@@ -63,9 +64,13 @@ class Known:
         if (model, task) not in self._pairs:
             classes = len(load_task(data.loader).names) or 1
             vision = source.config.get("vision_config")
-            grid = source.image_side // vision["patch_size"] if vision else 0
+            grid = source.image_side // vision.get("patch_size", 14) if vision else 0
             shape = data.batch_size, data.max_length, classes, grid
-            self._pairs[model, task] = products(source, entry.train, *shape)
+            try:
+                self._pairs[model, task] = products(source, entry.train, *shape)
+            except UserError as error:
+                file = f"{self.plan.study.catalog / 'models'}.yaml"
+                raise UserError(f"{file}: {model}.source: {error}") from error
         return self._pairs[model, task]
 
     def flops(self, cell: Cell, *, trials: bool = False) -> float | None:

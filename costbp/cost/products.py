@@ -14,6 +14,7 @@ from typing import Any
 from costbp.config.catalog import FullTraining, HeadTraining, LoraTraining
 from costbp.config.shares import Shares
 from costbp.config.sources import ConfigSource
+from costbp.errors import UserError, first_line
 
 Training = LoraTraining | HeadTraining | FullTraining
 
@@ -64,7 +65,22 @@ def products(
 
     Args:
         grid: patches on a side of each row's image.
+
+    Raises:
+        UserError: the configuration lacks a key, or one holds something else than it should.
     """
+    try:
+        return _products(source, train, batch, length, classes, grid)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        what = f"key {error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(
+            f"configuration of a '{source.config['model_type']}' model: {what}"
+        ) from error
+
+
+def _products(
+    source: ConfigSource, train: Training, batch: int, length: int, classes: int, grid: int
+) -> list[Product]:
     config = source.config
     text = config.get("text_config", config)
     sizes = SIZES[config["model_type"]](text)
@@ -179,7 +195,7 @@ def _opt(c: dict[str, Any]) -> _Sizes:
 def _llama(c: dict[str, Any]) -> _Sizes:
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     heads = c["num_attention_heads"]
-    keys = hidden // heads * c.get("num_key_value_heads", heads)
+    keys = hidden // heads * (c.get("num_key_value_heads") or heads)
     matrices = ((hidden, inner), (hidden, inner), (inner, hidden))
     return _Sizes(c["num_hidden_layers"], hidden, keys, matrices, LLAMA, True)
 

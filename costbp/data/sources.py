@@ -90,8 +90,14 @@ def _rows(task: TaskEntry, definition: Task, assets: Path) -> Iterator[tuple[str
         folder = assets / data.asset if isinstance(data, AssetData) else assets
         if isinstance(data, AssetData) and not folder.is_dir():
             raise UserError(f"asset '{data.asset}' is not in {assets}; run `costbp assets`")
-        for number, (split, row) in enumerate(definition.rows(folder), 1):
-            yield split, f"row {number}", row
+        try:
+            for number, (split, row) in enumerate(definition.rows(folder), 1):
+                yield split, f"row {number}", row
+        except OSError as error:
+            raise UserError(
+                f"its rows can't be read from {folder} ({error.strerror}); run `costbp assets`, or say "
+                "where they are (data in tasks.yaml)"
+            ) from error
 
 
 def _saved(

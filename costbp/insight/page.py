@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from costbp.analysis.panels import by_doubling, grid, save, wrapped
+from costbp.analysis.panels import by_factors, grid, save, wrapped
 from costbp.analysis.report import embedded, render
 from costbp.analysis.tables import markdown
 from costbp.config.insight import Quadratic
@@ -88,10 +88,10 @@ def _estimates(axis: Any, rows: pd.DataFrame, x: str, by: str, colors: Mapping[A
         line = part.sort_values(x)
         axis.plot(line[x], line["predicted"], color=color, lw=1)
     if x == "count":
-        by_doubling(axis.xaxis)
+        by_factors(axis.xaxis)
     else:
-        axis.set_xscale("log")
-    axis.set_yscale("log")
+        by_factors(axis.xaxis, of=10)
+    by_factors(axis.yaxis, of=10)
 
 
 def cosine(points: pd.DataFrame) -> Figure:
@@ -133,8 +133,8 @@ def against_theory(points: pd.DataFrame, y: str) -> Figure:
             _mark(axis, part, "o", color=color, label=f"measured, {series}")
         for value in rows.loc[rows["count"] == 0, "measured"]:
             axis.axhline(value, ls=":", color=colors[3], label="measured, BP")
-        by_doubling(axis.xaxis)
-        axis.set_yscale("log")
+        by_factors(axis.xaxis)
+        by_factors(axis.yaxis, of=10)
 
     return _panels(points, fill, y)
 

@@ -43,8 +43,10 @@ def transformers_config(values: Mapping[str, Any], classes: int = 4) -> Any:
         )
     try:
         config = AutoConfig.for_model(kind, **values, num_labels=classes)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"configuration of a '{kind}' model: {error}") from error
+    except Exception as error:  # of transformers, by model
+        raise UserError(
+            f"configuration of a '{kind}' model: {' '.join(str(error).split())}"
+        ) from error
     config.use_cache = config.get_text_config().use_cache = False
     return config
 

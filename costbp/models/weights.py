@@ -173,7 +173,13 @@ def randomly_drawn(source: Source, config: Any, attention: str = "eager") -> Any
     """A transformers model of a configuration, drawn from torch's current seed, on the default
     device, not packed."""
     with with_transformers():
-        return _kind(source).from_config(config, **_options(source, attention))
+        try:
+            return _kind(source).from_config(config, **_options(source, attention))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"source.config of a '{config.model_type}' model: {type(error).__name__}: "
+                f"{first_line(error)}"
+            ) from error
 
 
 def _read(

@@ -256,7 +256,10 @@ class _Session:
             show(event)
             if stop.requested or time.monotonic() >= due:
                 start = time.monotonic()
-                checkpoint.save(run.state_dict(), folder / CHECKPOINT)
+                try:
+                    checkpoint.save(run.state_dict(), folder / CHECKPOINT)
+                except UserError as error:  # a full disk may have room again when the run ends
+                    say(f"warning: {error}; {_title(run.spec)} goes on without a checkpoint")
                 end = time.monotonic()
                 due = end + (every and max(every, WRITING * (end - start)))
             if stop.requested:

@@ -15,7 +15,7 @@ rule assets:
     message:
         "fetching {wildcards.asset}"
     shell:
-        "costbp assets --plan {params.plan} --only {wildcards.asset} --out {output} 2>&1 | tee {log}"
+        "costbp assets --plan {params.plan:q} --only {wildcards.asset:q} --out {output:q} 2>&1 | tee {log:q}"
 
 
 rule prepare:
@@ -30,9 +30,9 @@ rule prepare:
         plan=RESOLVED,
         key=lambda wildcards: PLAN.prepared(wildcards.model, wildcards.task).name,
     log:
-        LOGS / "prepare" / "{model}-{task}.log",
+        LOGS / "prepare" / "{model}" / "{task}.log",
     benchmark:
-        LOGS / "prepare" / "{model}-{task}.benchmark.jsonl"
+        LOGS / "prepare" / "{model}" / "{task}.benchmark.jsonl"
     threads: 1
     priority: 2  # all else waits for it
     resources:
@@ -41,5 +41,5 @@ rule prepare:
     message:
         "encoding {wildcards.task} for {wildcards.model}"
     shell:
-        "OMP_NUM_THREADS={threads} costbp prepare --plan {params.plan}"
-        " --model {wildcards.model} --task {wildcards.task} --out {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} costbp prepare --plan {params.plan:q}"
+        " --model {wildcards.model:q} --task {wildcards.task:q} --out {output:q} > {log:q} 2>&1"

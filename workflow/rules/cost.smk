@@ -14,9 +14,9 @@ rule cost:
         methods=lambda wildcards: ",".join(PAIRS[wildcards.model, wildcards.task]),
         specs=lambda wildcards: PLAN.cost_keys(wildcards.model, wildcards.task),
     log:
-        LOGS / "cost" / "{model}-{task}.log",
+        LOGS / "cost" / "{model}" / "{task}.log",
     benchmark:
-        LOGS / "cost" / "{model}-{task}.benchmark.jsonl"
+        LOGS / "cost" / "{model}" / "{task}.benchmark.jsonl"
     threads: 1
     priority: 1
     resources:
@@ -26,5 +26,5 @@ rule cost:
     message:
         "counting the cost of {params.methods} for {wildcards.model} on {wildcards.task}"
     shell:
-        "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan} --model {wildcards.model}"
-        " --task {wildcards.task} --method {params.methods} --out {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan:q} --model {wildcards.model:q}"
+        " --task {wildcards.task:q} --method {params.methods:q} --out {output:q} > {log:q} 2>&1"

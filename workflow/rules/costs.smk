@@ -22,8 +22,8 @@ rule cost_full_size:
     message:
         "tracing {wildcards.model} at full size"
     shell:
-        "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan} --model {wildcards.model}"
-        " --method {params.methods} {params.shape} --out {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan:q} --model {wildcards.model:q}"
+        " --method {params.methods:q} {params.shape} --out {output:q} > {log:q} 2>&1"
 
 
 rule sweep:
@@ -42,7 +42,7 @@ rule sweep:
     message:
         "sweep: {wildcards.sweep}"
     shell:
-        "OMP_NUM_THREADS={threads} costbp sweep {wildcards.sweep} --plan {params.plan} --out {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} costbp sweep {wildcards.sweep:q} --plan {params.plan:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule fit:
@@ -65,9 +65,9 @@ rule fit:
     message:
         "what fits: {wildcards.model}"
     shell:
-        "OMP_NUM_THREADS={threads} costbp fit --plan {params.plan} --model {wildcards.model}"
-        " --method {params.methods} --memory {params.cards} {params.shape} --no-lengths"
-        " --out {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} costbp fit --plan {params.plan:q} --model {wildcards.model:q}"
+        " --method {params.methods:q} --memory {params.cards:q} {params.shape} --no-lengths"
+        " --out {output:q} > {log:q} 2>&1"
 
 
 rule costs:
@@ -90,4 +90,4 @@ rule costs:
     message:
         "writing {output}"
     shell:
-        "costbp costs --plan {params.plan} > {log} 2>&1"
+        "costbp costs --plan {params.plan:q} > {log:q} 2>&1"

@@ -28,8 +28,8 @@ rule measure:
     message:
         "measuring {wildcards.problem}"
     shell:
-        "OMP_NUM_THREADS={threads} costbp measure {wildcards.problem} --plan {params.plan}"
-        " --out {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} costbp measure {wildcards.problem:q} --plan {params.plan:q}"
+        " --out {output:q} > {log:q} 2>&1"
 
 
 rule insight:
@@ -50,4 +50,4 @@ rule insight:
     message:
         "writing {output[0]}"
     shell:
-        "costbp insight --plan {params.plan} > {log} 2>&1"
+        "costbp insight --plan {params.plan:q} > {log:q} 2>&1"

@@ -21,7 +21,7 @@ rule aggregate:
     message:
         "collecting records"
     shell:
-        "costbp aggregate --plan {params.plan} > {log} 2>&1"
+        "costbp aggregate --plan {params.plan:q} > {log:q} 2>&1"
 
 
 rule tables:
@@ -47,7 +47,7 @@ rule tables:
     message:
         "writing tables"
     shell:
-        "costbp tables --plan {params.plan} > {log} 2>&1"
+        "costbp tables --plan {params.plan:q} > {log:q} 2>&1"
 
 
 rule figures:
@@ -73,7 +73,7 @@ rule figures:
     message:
         "drawing figures"
     shell:
-        "costbp figures --plan {params.plan} > {log} 2>&1"
+        "costbp figures --plan {params.plan:q} > {log:q} 2>&1"
 
 
 rule trace_claim:
@@ -93,8 +93,8 @@ rule trace_claim:
     message:
         "tracing for claims: {params.words}"
     shell:
-        "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan} {params.words} --out {output}"
-        " > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} costbp cost --plan {params.plan:q} {params.words} --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule claims:
@@ -117,7 +117,7 @@ rule claims:
     message:
         "judging claims"
     shell:
-        "costbp claims --plan {params.plan} > {log} 2>&1"
+        "costbp claims --plan {params.plan:q} > {log:q} 2>&1"
 
 
 rule report:
@@ -136,7 +136,7 @@ rule report:
     message:
         "writing {output}"
     shell:
-        "costbp report --plan {params.plan} > {log} 2>&1"
+        "costbp report --plan {params.plan:q} > {log:q} 2>&1"
 
 
 rule track:
@@ -152,4 +152,4 @@ rule track:
     message:
         "completing the MLflow store"
     shell:
-        "costbp track --plan {params.plan} --out {output} > {log} 2>&1"
+        "costbp track --plan {params.plan:q} --out {output:q} > {log:q} 2>&1"

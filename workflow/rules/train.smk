@@ -16,11 +16,11 @@ rule train:
         runs=lambda wildcards: PLAN.hashes(**wildcards),
         start_unfit=PLAN.study.start_unfit,
     log:
-        LOGS / "train" / "{model}-{task}-{budget}-{methods}.log",
+        LOGS / "train" / "{model}" / "{task}" / "{budget}" / "{methods}.log",
     benchmark:
-        LOGS / "train" / "{model}-{task}-{budget}-{methods}.benchmark.jsonl"
+        LOGS / "train" / "{model}" / "{task}" / "{budget}" / "{methods}.benchmark.jsonl"
     wildcard_constraints:
-        model="|".join(ENCODERS) or "(?!)",
+        model="|".join(map(re.escape, ENCODERS)) or "(?!)",
     threads: 1
     priority: 1  # the long jobs first, so that no core waits for one at the end
     resources:
@@ -30,12 +30,12 @@ rule train:
     message:
         "training {wildcards.model} on {wildcards.task} by {params.names}, {wildcards.budget}"
     shell:
-        "OMP_NUM_THREADS={threads} exec costbp train --plan {params.plan} --model {wildcards.model}"
-        " --task {wildcards.task} --method {params.names} --budget {wildcards.budget}"
-        " --out {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} exec costbp train --plan {params.plan:q} --model {wildcards.model:q}"
+        " --task {wildcards.task:q} --method {params.names:q} --budget {wildcards.budget:q}"
+        " --out {output:q} > {log:q} 2>&1"
 
 
 use rule train as train_head with:
     wildcard_constraints:
-        model="|".join(HEADS) or "(?!)",
+        model="|".join(map(re.escape, HEADS)) or "(?!)",
     priority: 0

@@ -12,9 +12,9 @@ rule trials:
         plan=RESOLVED,
         runs=lambda wildcards: PLAN.trials_key(Cell(**wildcards)),
     log:
-        LOGS / "trials" / "{model}-{task}-{method}-{budget}.log",
+        LOGS / "trials" / "{model}" / "{task}" / "{method}" / "{budget}.log",
     benchmark:
-        LOGS / "trials" / "{model}-{task}-{method}-{budget}.benchmark.jsonl"
+        LOGS / "trials" / "{model}" / "{task}" / "{method}" / "{budget}.benchmark.jsonl"
     threads: 1
     resources:
         gpu=PLAN.study.resources.gpu,
@@ -23,9 +23,9 @@ rule trials:
     message:
         "trials of {wildcards.method} for {wildcards.model} on {wildcards.task}"
     shell:
-        "OMP_NUM_THREADS={threads} exec costbp trials --plan {params.plan} --model {wildcards.model}"
-        " --task {wildcards.task} --method {wildcards.method} --budget {wildcards.budget}"
-        " --out {output} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} exec costbp trials --plan {params.plan:q} --model {wildcards.model:q}"
+        " --task {wildcards.task:q} --method {wildcards.method:q} --budget {wildcards.budget:q}"
+        " --out {output:q} > {log:q} 2>&1"
 
 
 rule tune:
@@ -43,4 +43,4 @@ rule tune:
     message:
         "choosing learning rates: {params.committed}"
     shell:
-        "(costbp tune --plan {params.plan} --out {output} && cp {output} {params.committed}) > {log} 2>&1"
+        "(costbp tune --plan {params.plan:q} --out {output:q} && cp -- {output:q} {params.committed:q}) > {log:q} 2>&1"
