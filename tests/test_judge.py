@@ -12,11 +12,12 @@ from scipy import stats
 
 from costbp.analysis.arms import Evidence, depth
 from costbp.analysis.claims import judge
+from costbp.analysis.finding import Finding, Measured
 from costbp.analysis.frames import Frames
 from costbp.analysis.readings import READINGS
 from costbp.analysis.readings.convergence import crossing, profiles
 from costbp.analysis.statistics import ALPHA, OUTSIDE, Sample, aggregate, holm, largest
-from costbp.config import load_plan
+from costbp.config import Cell, load_plan
 from tests.conftest import ROOT
 from tests.simulated import Truth, found, only, others, simulate, study
 
@@ -193,6 +194,23 @@ def test_what_is_never_reached_is_a_bound_and_counts(plan):
     assert (
         found(only(plan, "compute"), simulate(plan, reverse))["compute"]["direction"] == "against"
     )
+
+
+@pytest.mark.parametrize(
+    ("sign", "bound", "side"),
+    [
+        (1, "at_least", "for"),
+        (1, "at_most", "undecided"),
+        (-1, "at_most", "against"),
+        (-1, "at_least", "undecided"),
+    ],
+)
+def test_a_bound_decides_for_the_side_that_it_leans_to_alone(sign, bound, side):
+    """A ratio of at most 10 may as well be 0.1."""
+    finding = Finding("", "", "x")
+    sample = Sample(sign * np.array([2.0, 2.1, 2.2, 2.3, 2.4]), **{bound: True})
+    finding.add(Measured(sample, ""), "row", Cell("m", "t", "a", "b"), "c", [])
+    assert sample.p < ALPHA and finding.sides == [side]
 
 
 def test_time_is_not_judged_where_checkpointing_recomputes_nothing(plan):
