@@ -12,6 +12,7 @@ import yaml
 
 from costbp.cli.app import load
 from costbp.config import Cell, MethodEntry, OptimizerSpec, load_plan
+from costbp.config.catalog import BudgetEntry
 from costbp.config.load import settled
 from costbp.config.tuning import Trial, Tuning, searches_eps, with_eps
 from costbp.cost.outlook import outlook_lines
@@ -140,6 +141,13 @@ def test_one_example_of_the_validation_split_decides_nothing():
     assert [t.lr for t in RANK(chance)] == [3, 2, 1]
     left = [trial(1, 0.30, 1.4), trial(2, 0.25, 1.3)]  # 0.25 + 2 x 0.0217 < 0.30
     assert [t.lr for t in RANK(left)] == [1, 2]
+
+
+@pytest.mark.parametrize(("limit", "share"), [({"forward_units": 96}, 6.0), ({"steps": 5}, 1)])
+def test_a_trial_has_its_share_of_the_budget_and_no_ceiling(limit, share):
+    """A ceiling changes how an estimate is computed and not what it is: rates hold under any."""
+    trial = BudgetEntry(label="b", peak_memory={"inference": 1.5}, **limit).scaled(1 / 16)
+    assert trial.peak_memory is None and trial.amount == share
 
 
 def test_what_did_not_complete_loses_to_all():
