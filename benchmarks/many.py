@@ -21,6 +21,7 @@ import typer
 
 from costbp.config.load import load_plan
 from costbp.config.study import Block, Plan
+from costbp.config.tuning import Choices, Setting, Tuned
 from costbp.console import say, table
 from costbp.cost.record import CostRecord, write_costs
 from costbp.files import write_text
@@ -28,7 +29,13 @@ from costbp.train.record import Record, Row, Summary, write_run
 
 STEPS, EVALUATIONS, SEEDS = 200, 13, 5
 UNITS = 1200.0
-MODELS = ("minilm_words", "minilm_words_r32", "minilm_random", "minilm_block", "minilm_head")
+MODELS = {  # and what they train
+    "minilm_words": 1_536,
+    "minilm_words_r32": 49_152,
+    "minilm_random": 3_846,
+    "minilm_block": 1_775_000,
+    "minilm_head": 2_310,
+}
 TASKS = ("trec", "movie_reviews", "boolq", "agnews", "multirc")
 BUDGETS = ("units_1200", "units_600", "units_4k", "units_8k")
 COMMANDS = ("aggregate", "tables", "figures", "claims", "report")
@@ -41,12 +48,20 @@ def study(runs: int) -> Plan:
     methods = tuple(islice(plan.catalog.methods, each))
     assert len(methods) == each, "the catalog has too few methods"
     methods = tuple(dict.fromkeys(("bp_checkpointing", *methods)))[:each]
-    block = Block(models=MODELS, tasks=TASKS, methods=methods, budgets=BUDGETS)
+    block = Block(models=tuple(MODELS), tasks=TASKS, methods=methods, budgets=BUDGETS)
     update = {"experiments": (block,), "seeds": tuple(range(SEEDS)), "trace_claims": False}
-    return plan.model_copy(update={"study": plan.study.model_copy(update=update)})
+    plan = plan.model_copy(update={"study": plan.study.model_copy(update=update)})
+    tuned: Choices = {}
+    for cell in plan.cells():  # as if tuned, since nothing is concluded of what isn't
+        used = plan.choice(cell)
+        setting = Setting(**used.optimizer.model_dump(), eps=used.eps)
+        place = tuned.setdefault(cell.model, {}).setdefault(cell.task, {})
+        found = Tuned(key=plan.tuning_key(cell), choice=setting)
+        place.setdefault(cell.method, {})[cell.budget] = found
+    return plan.model_copy(update={"tuned": tuned})
 
 
-def rows(rng: np.random.Generator, end: float) -> tuple[list[Row], Summary]:
+def rows(rng: np.random.Generator, end: float, d: int) -> tuple[list[Row], Summary]:
     """The steps of a run that ends at about ``end``, and its summary."""
     found: list[dict[str, Any]] = []
     at = set(np.unique(np.geomspace(1, STEPS, EVALUATIONS).astype(int)).tolist()) | {0, STEPS}
@@ -78,7 +93,7 @@ def rows(rng: np.random.Generator, end: float) -> tuple[list[Row], Summary]:
         state_bytes=100_000,
         weights_bytes=90_000_000,
         rss_bytes=2**29,
-        d=1536,
+        d=d,
         majority=0.23,
         learning_rate=1e-3,
         step_seconds=0.06,
@@ -95,7 +110,7 @@ def fill(plan: Plan) -> int:
     for cell in plan.cells():
         end = 0.5 + 0.4 * rng.random()
         for spec in plan.specs(cell):
-            steps, summary = rows(rng, end + 0.015 * rng.normal())
+            steps, summary = rows(rng, end + 0.015 * rng.normal(), MODELS[cell.model])
             record = Record(
                 hash=spec.hash,
                 spec=spec,
