@@ -53,6 +53,18 @@ def test_through_two_layers_it_is_unbiased():
     assert unbiased(network(), examples(5), 1500)
 
 
+def test_a_step_s_error_is_of_second_order_behind_a_moved_layer_too():
+    """Inputs of the second layer move with the first's outputs; their mean does by eps^2 alone."""
+    objective, data = network(), examples(5)
+
+    def at(eps: float) -> torch.Tensor:
+        return NodePerturbation(Central(eps)).estimate(objective, [data], KEY).gradient.clone()
+
+    exact = at(1e-5)
+    coarse, fine = ((at(eps) - exact).norm() for eps in (2e-2, 1e-2))
+    assert 3 < coarse / fine < 5
+
+
 def test_a_row_s_places_add_up():
     """Several tokens an example, of which each has outputs of its own."""
 
