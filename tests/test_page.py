@@ -287,6 +287,24 @@ def test_the_readme_s_excerpt_is_that_of_the_records(page, tmp_path):
         readme.write(plan, frames, folder, file)
 
 
+def test_the_excerpt_leaves_out_methods_of_few_settings(page):
+    plan, frames, _ = page
+    rare, common = "fzoo", "zo_vanilla"
+    one = frames.runs[(frames.runs["method"] == common) & (frames.runs["model"] == "minilm_lora")]
+    settings = [
+        one.assign(method=common, budget=name) for name in ("units_400", "units_600", "units_1200")
+    ]
+    runs = pd.concat([*settings, settings[0].assign(method=rare)])
+    labels = plan.catalog.methods
+    assert list(readme.table(plan, runs)["Method"]) == [
+        "budget",
+        labels[common].label,
+        "a constant answer",
+    ]
+    runs = pd.concat([runs, settings[1].assign(method=rare)])
+    assert labels[rare].label in list(readme.table(plan, runs)["Method"])
+
+
 def test_the_readme_has_room_for_its_excerpt():
     text = Path(ROOT / "README.md").read_text()
     assert text.count(readme.BEGIN) == text.count(readme.END) == 1
