@@ -142,6 +142,7 @@ def test_odd_paths_reach_every_command_whole(tmp_path, monkeypatch):
         "sweep",
         "fit",
     }
+    assert sum(words[1] == "trials" for words in commands) == 5  # of every experiment
     assert any("tu ned/$(touch PLANTED) {x}'s.yaml" in word for words in commands for word in words)
     made = Path(PATHS["results"], "odd.one-2/prepared/tiny_head/docstrings.json")
     snakemake(str(made), *files)

@@ -31,7 +31,7 @@ rule trials:
 rule tune:
     input:
         again,
-        map(PLAN.trials_file, CELLS),
+        [PLAN.trials_file(cell) for cell in CELLS],
     output:
         RESULTS / "tuned.yaml",
     params:
@@ -43,4 +43,6 @@ rule tune:
     message:
         "choosing learning rates: {params.committed}"
     shell:
-        "(costbp tune --plan {params.plan:q} --out {output:q} && cp -- {output:q} {params.committed:q}) > {log:q} 2>&1"
+        "(costbp tune --plan {params.plan:q} --out {output:q}"
+        ' && mkdir -p -- "$(dirname -- {params.committed:q})"'
+        " && cp -- {output:q} {params.committed:q}) > {log:q} 2>&1"
