@@ -128,7 +128,6 @@ FOLDERS = {  # of paths: KiB that don't suffice, and a command that writes there
     "store": (8, f"train {HEAD} -M bp_checkpointing -b units_400"),
     "results": (8, "aggregate"),
     "reports": (64, "figures"),
-    "mlflow": (64, "track"),
 }
 
 
