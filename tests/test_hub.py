@@ -157,6 +157,7 @@ def test_a_data_set_of_the_hub_is_saved_by_split_and_read(tmp_path, monkeypatch)
         "test",
         "dataset_dict.json",
         "asset.json",
+        ".asset.json.sha256",
     }
     assert {name: len(rows) for name, rows in read(task, tmp_path / "assets").items()} == {
         "train": 80,
