@@ -11,10 +11,10 @@ from costbp.analysis.outputs import REPORT
 from costbp.config import Cell, load_plan
 from costbp.config.claims import traces
 from costbp.errors import UserError
-from costbp.files import write_text
+from costbp.files import ensure_folder, write_text
 from costbp.data.pairs import check_pairs
 from costbp.cost.outlook import Known, outlook_lines
-from costbp.train.damage import found_damaged
+from costbp.train.damage import bring_back, found_damaged
 
 
 configfile: "config/config.yaml"
@@ -30,6 +30,8 @@ try:
     resolved = PLAN.model_dump_json(indent=2) + "\n"
     if not RESOLVED.is_file() or RESOLVED.read_bytes() != resolved.encode():
         write_text(RESOLVED, resolved)
+    if PLAN.study.paths.reports.exists():
+        ensure_folder(PLAN.study.paths.reports)  # Snakemake itself would end in a traceback
     OUTLOOK = outlook_lines(PLAN, tunes="tune" in sys.argv)
 except (UserError, OSError) as error:
     raise WorkflowError(str(error)) from None
@@ -37,6 +39,7 @@ except (UserError, OSError) as error:
 if workflow.is_main_process:
     for line in OUTLOOK:
         print(line, file=sys.stderr)
+    bring_back(PLAN)
 DAMAGED = found_damaged(PLAN) if workflow.is_main_process else []
 
 REPORTS = PLAN.study.paths.reports

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,4 +87,3 @@ def test_a_clock_set_back_neither_repeats_nor_forgets(finished, undisturbed):
     more = finished.run("--config", "seeds=[0,1,2]")
     assert more.returncode == 0, more.stdout + finished.said()
     assert finished.finished().items() >= before.items() and len(finished.finished()) == 12
-    shutil.rmtree(finished.folder / "logs")
