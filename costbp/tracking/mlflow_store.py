@@ -67,6 +67,12 @@ def sync(plan: Plan) -> tuple[int, int]:
     return added, sum(seed.record is not None for seed in seeds)
 
 
+def experiment(plan: Plan) -> str:
+    """MLflow's id of the study's experiment."""
+    with _told(plan) as shelf:
+        return shelf.experiment
+
+
 def live(plan: Plan) -> Callable[[Record], None]:
     """What logs a run as it ends, where a tracking server is named. One that fails is asked no more:
     the run store holds what it missed."""

@@ -12,7 +12,7 @@ from types import FrameType
 
 from costbp.config.study import Plan
 from costbp.errors import UserError
-from costbp.tracking.mlflow_store import sync, tracking_uri, without_secrets
+from costbp.tracking.mlflow_store import experiment, sync, tracking_uri, without_secrets
 
 HOST = "127.0.0.1"
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -42,7 +42,10 @@ def serve(plan: Plan, port: int) -> None:
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", HOST, "--port", str(port), "--workers", "1"]
-    print(f"{finished} runs at http://{HOST}:{port}  (Ctrl-C ends it)", flush=True)
+    page = (
+        f"experiments/{experiment(plan)}/runs?workflowType=machine_learning"  # not the GenAI view
+    )
+    print(f"{finished} runs at http://{HOST}:{port}/#/{page}  (Ctrl-C ends it)", flush=True)
     sys.exit(_run(command, environment))
 
 
