@@ -37,6 +37,7 @@ rule tune:
     params:
         plan=RESOLVED,
         committed=PLAN.study.tuning.file,
+        folder=PLAN.study.tuning.file.parent,
     log:
         LOGS / "tune.log",
     localrule: True
@@ -44,5 +45,5 @@ rule tune:
         "choosing learning rates: {params.committed}"
     shell:
         "(costbp tune --plan {params.plan:q} --out {output:q}"
-        ' && mkdir -p -- "$(dirname -- {params.committed:q})"'
+        " && mkdir -p -- {params.folder:q}"
         " && cp -- {output:q} {params.committed:q}) > {log:q} 2>&1"
