@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.families import family_batch, family_objective
 from costbp.objective import Batch, Objective
+from costbp.train.loop import Run, State, StepEvent
 from tests.conftest import Lift64
 
 SIZE = {"hidden": 32, "layers": 2, "heads": 2, "vocabulary": 64}  # 16 entries a head, as RoPE needs
@@ -25,6 +29,20 @@ def small_model(
     """A two-block model of a family and a batch of 2 x 8 tokens."""
     data = family_batch(family, 2, 8, SIZE["vocabulary"])
     return in_dtype(family_objective(family, **SIZE | options), data, dtype)
+
+
+def train_until(run: Run, reached: Callable[[State], bool]) -> None:
+    """Train a run until its state is as asked for, and leave it there."""
+
+    class Halt(Exception):
+        pass
+
+    def halt(event: StepEvent) -> None:
+        if reached(event.state):
+            raise Halt
+
+    with pytest.raises(Halt):
+        run.train(halt)
 
 
 def reference(objective: Objective, data: Batch) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from costbp.train.loop import Run
 from costbp.train.record import CHECKPOINT, STEPS, read_record
 from costbp.train.status import counts, statuses
 from tests.conftest import working_copy
+from tests.small import train_until
 from tests.test_workflow import python, snakemake
 
 PAIR = ("tiny_head", "docstrings")
@@ -102,16 +103,7 @@ def stopped(place):
         data = load_prepared(prepare(Pair.of(plan, *PAIR)))
         module = build_model(spec.model, len(data.names), Path("none"), 0, data.width)
         run = Run(spec, module, data, torch.device("cpu"))
-
-        class Halt(Exception):
-            pass
-
-        def halt(event):
-            if event.state.step == 3:
-                raise Halt
-
-        with contextlib.suppress(Halt):
-            run.train(halt)
+        train_until(run, lambda state: state.step == 3)
         folder = spec.folder(plan.study.paths.store)
         run_specs(plan, [spec])
         whole = outcome(folder)

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import resource
 import sqlite3
-import subprocess
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,6 +21,7 @@ from costbp.cli import app
 from costbp.cli.app import main
 from costbp.errors import UserError
 from costbp.files import atomic, writing
+from tests.disks import disk, remount
 
 ROOM = 2**14  # bytes of a file
 NUMBERS = torch.rand(100_000)
@@ -103,25 +103,6 @@ def test_a_command_that_finds_no_room_elsewhere_is_one_line(monkeypatch, capsys)
     assert said.endswith("MiB are free in runs/a\n") and said.count("\n") == 1
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """Mount a file system of so many KiB on a folder, or give it more; for those who may."""
-    mounted: list[Path] = []
-
-    def size(folder: Path, kib: int) -> None:
-        how = f"remount,size={kib}k" if folder in mounted else f"size={kib}k"
-        folder.mkdir(parents=True, exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"mounting isn't permitted: {done.stderr.strip()}")
-        mounted.append(folder)
-
-    yield size
-    for folder in set(mounted):
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 HEAD = "-m tiny_head -t docstrings"
 FOLDERS = {  # of paths: KiB that don't suffice, and a command that writes there
     "cache": (64, f"prepare {HEAD}"),
@@ -131,7 +112,7 @@ FOLDERS = {  # of paths: KiB that don't suffice, and a command that writes there
 }
 
 
-def test_every_folder_may_be_full_and_the_next_start_heals(workdir, disk, capsys):
+def test_every_folder_may_be_full_and_the_next_start_heals(workdir, capsys):
     """The stages one after the other, each first without room and then with it."""
     overlay = {
         "paths": {name: f"{name}/in" for name in FOLDERS},
@@ -146,20 +127,20 @@ def test_every_folder_may_be_full_and_the_next_start_heals(workdir, disk, capsys
     }
     Path("small.yaml").write_text(yaml.safe_dump(overlay))
     options = ["-c", "config/studies/smoke.yaml", "-c", "small.yaml"]
-    for name, (kib, words) in FOLDERS.items():
-        command = [*words.split(), *options]
-        if name == "results":
-            out = "results/in/smoke/cost/tiny_head/docstrings.json"
-            cost = ["cost", *HEAD.split(), "-M", "bp_checkpointing", "--out", out, *options]
-            disk(workdir / name, 16)
-            app(cost, standalone_mode=False)
-        disk(workdir / name, kib)
-        with pytest.raises(
-            UserError, match=rf"^cannot write .*{name}/in/.*MiB are free in [^\n]*$"
-        ):
+    out = "results/in/smoke/cost/tiny_head/docstrings.json"
+    cost = ["cost", *HEAD.split(), "-M", "bp_checkpointing", "--out", out, *options]
+    with contextlib.ExitStack() as disks:
+        for name, (kib, words) in FOLDERS.items():
+            command, folder = [*words.split(), *options], workdir / name
+            disks.enter_context(disk(folder, 2**14))
+            if name == "results":
+                app(cost, standalone_mode=False)
+            remount(folder, f"size={kib}k")
+            with pytest.raises(
+                UserError, match=rf"^cannot write .*{name}/in/.*MiB are free in [^\n]*$"
+            ):
+                app(command, standalone_mode=False)
+            assert [p.name for p in folder.rglob("*") if p.name.endswith(".tmp")] == []
+            remount(folder, "size=128m")
             app(command, standalone_mode=False)
-        left = [path.name for path in (workdir / name).rglob("*") if path.name.endswith(".tmp")]
-        assert left == []
-        disk(workdir / name, 2**17)
-        app(command, standalone_mode=False)
     capsys.readouterr()

@@ -28,6 +28,7 @@ from costbp.objective import Objective
 from costbp.tasks import docstrings
 from costbp.train.loop import Run
 from tests.conftest import working_copy
+from tests.small import train_until
 
 CPU = torch.device("cpu")
 LORA = {"kind": "lora", "rank": 2, "alpha": 8, "targets": ["query", "value"], "blocks": [-1]}
@@ -203,16 +204,7 @@ def test_the_test_split_is_scored_with_the_best_evaluation_s_parameters(plan):
 
 def test_a_resumed_run_still_knows_its_best_parameters(plan):
     first, _, _ = scored(plan, "best", [0.1, 0.9, 0.2, 0.3])
-
-    class Halt(Exception):
-        pass
-
-    def halt(event):
-        if first.state.evaluated == 3:
-            raise Halt
-
-    with contextlib.suppress(Halt):
-        first.train(halt)
+    train_until(first, lambda state: state.evaluated == 3)
     saved = first.state_dict()
     second, _, tested = scored(plan, "best", [0.1, 0.9, 0.2, 0.3])
     second.load_state_dict(saved)

@@ -32,6 +32,7 @@ from costbp.train.experiment import Stop, run_specs
 from costbp.train.loop import Run
 from costbp.train.record import RECORD, STEPS, Record, Summary, read_record
 from tests.conftest import working_copy
+from tests.small import train_until
 
 HEAD = Cell("tiny_head", "docstrings", "fmad_multiple", "units_400")
 SMOKE = Path("config/studies/smoke.yaml")
@@ -105,16 +106,8 @@ def test_stop_and_resume_is_bit_equal(plan, method):
     whole = prepared_run(plan, spec)
     whole.train(lambda progress: None)
 
-    class Halt(Exception):
-        pass
-
-    def halt(progress):
-        if progress.state.step == 17:
-            raise Halt
-
     first = prepared_run(plan, spec)
-    with pytest.raises(Halt):
-        first.train(halt)
+    train_until(first, lambda state: state.step == 17)
     path = Path("checkpoint.pt")
     torch.save(first.state_dict(), path)
     second = prepared_run(plan, spec)
