@@ -102,8 +102,7 @@ def warnings(frames: Frames) -> list[str]:
 def _uneven(frames: Frames) -> list[str]:
     """Where methods of one setting have not spent the same of its budget."""
     found = []
-    runs = frames.runs if "spent" in frames.runs else frames.runs.assign(spent=math.nan)
-    for names, group in runs.groupby(SETTING, sort=False):
+    for names, group in frames.runs.groupby(SETTING, sort=False):
         shares = group.groupby("method", sort=False)["spent"].min()
         if len(short := shares[shares < ENOUGH * shares.max()]):
             told = ", ".join(f"{method} {100 * share:.0f} %" for method, share in short.items())

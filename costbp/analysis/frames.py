@@ -72,6 +72,10 @@ class Frames:
     costs: pd.DataFrame
     missing: Missing | None = None
 
+    def __post_init__(self) -> None:
+        if "spent" not in self.runs:  # as older versions aggregated them
+            object.__setattr__(self, "runs", self.runs.assign(spent=math.nan))
+
     @cached_property
     def lacking(self) -> Counter[tuple[str, ...]]:
         """Experiment -> its runs of which there is no row."""

@@ -84,7 +84,7 @@ def numbers(frames: Frames) -> pd.DataFrame:
         **{f"test_accuracy_{how}": ("test_accuracy", how) for how in ("mean", "min", "max")},
         **{f"{name}_mean": (name, "mean") for name in ("test_loss", "best_validation_accuracy")},
         **{name: (name, "mean") for name in ("steps", "forward_units", "flops")},
-        **({"spent": ("spent", "min")} if "spent" in frames.runs else {}),
+        spent=("spent", "min"),
         seconds_mean=("seconds", "mean"),
         **{name: (name, "max") for name in ("peak_bytes", "state_bytes", "weights_bytes")},
         optimizer=("optimizer", "first"),
@@ -140,7 +140,7 @@ def row(runs: pd.DataFrame, columns: list[str]) -> dict[str, Any]:
 
 def unspent(runs: pd.DataFrame) -> str:
     """`` (71 % of the budget)`` where that is the least that a completed run spent, and too little."""
-    least = runs["spent"].min() if "spent" in runs else math.nan  # as older versions aggregated
+    least = runs["spent"].min()
     return f" ({100 * least:.0f} % of the budget)" if least < ENOUGH else ""
 
 

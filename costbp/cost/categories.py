@@ -19,7 +19,6 @@ SAVED, TANGENTS, DIRECTIONS, LOGITS = (
     *("saved activations", "tangents", "directions", "logits and loss"),
 )
 STEP = (SAVED, TANGENTS, DIRECTIONS, LOGITS, TEMPORARY)  # what a step creates
-STATIC = ("weights", "adapters", "gradients", "optimiser state")  # what is there before it
 
 
 class Categories(TorchFunctionMode):
