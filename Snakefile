@@ -30,17 +30,16 @@ try:
     resolved = PLAN.model_dump_json(indent=2) + "\n"
     if not RESOLVED.is_file() or RESOLVED.read_bytes() != resolved.encode():
         write_text(RESOLVED, resolved)
-    if PLAN.study.paths.reports.exists():
-        ensure_folder(PLAN.study.paths.reports)  # Snakemake itself would end in a traceback
-    OUTLOOK = outlook_lines(PLAN, tunes="tune" in sys.argv)
+    DAMAGED = []
+    if workflow.is_main_process:
+        if PLAN.study.paths.reports.exists():
+            ensure_folder(PLAN.study.paths.reports)  # Snakemake itself would end in a traceback
+        for line in outlook_lines(PLAN, tunes="tune" in sys.argv):
+            print(line, file=sys.stderr)
+        bring_back(PLAN)
+        DAMAGED = found_damaged(PLAN)
 except (UserError, OSError) as error:
     raise WorkflowError(str(error)) from None
-
-if workflow.is_main_process:
-    for line in OUTLOOK:
-        print(line, file=sys.stderr)
-    bring_back(PLAN)
-DAMAGED = found_damaged(PLAN) if workflow.is_main_process else []
 
 REPORTS = PLAN.study.paths.reports
 LOGS = Path("logs") / PLAN.name
