@@ -85,7 +85,6 @@ def build_from_config(
     train: Training,
     classes: int = 4,
     *,
-    attention: str = "eager",
     adapters_at_zero: bool = True,
 ) -> Objective:
     """The objective of a configuration's model, in training mode, all of it random, made on the
@@ -93,13 +92,12 @@ def build_from_config(
 
     Args:
         classes: of a classifier.
-        attention: ``eager``, or ``sdpa`` for the fused kernel, which is not counted on a CPU.
         adapters_at_zero: start LoRA's second factor at zero, as in training.
     """
     config = transformers_config(source.config, classes)
     if source.form == "classifier" and config.pad_token_id is None:
         config.pad_token_id = 0  # a decoder's classifier reads the last token before padding
-    base = randomly_drawn(source, config, attention)
+    base = randomly_drawn(source, config)
     if source.bits is not None:  # whatever the packing: all take about as many bytes
         replace_packed(base, partial(QuantisedLinear, group=source.group))
     made = _finished(base, source.form, train, classes, adapters_at_zero)
