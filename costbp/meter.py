@@ -143,6 +143,11 @@ class Meter(TorchDispatchMode):
             if entry.category == TEMPORARY:
                 entry.category = category
 
+    @property
+    def lives(self) -> list[tuple[int, int, int | None]]:
+        """Of each storage its bytes and the numbers of the allocations at which it came and went."""
+        return [(entry.size, entry.born, entry.died) for entry in self._all]
+
     def at_peak(self) -> dict[str, int]:
         """Bytes by category at the moment of the peak; they add up to ``peak``."""
         found: dict[str, int] = {}

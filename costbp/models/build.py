@@ -58,7 +58,7 @@ def build_model(
     if model.reads == "states":
         base, train = without_prefix(base, train)
     head = LabelWords(words) if words is not None and model.head == "label_words" else None
-    return _finished(base, form, train, classes, head=head).train().to(device)
+    return finished(base, form, train, classes, head=head).train().to(device)
 
 
 def _of_a_file(
@@ -100,7 +100,7 @@ def build_from_config(
     base = randomly_drawn(source, config)
     if source.bits is not None:  # whatever the packing: all take about as many bytes
         replace_packed(base, partial(QuantisedLinear, group=source.group))
-    made = _finished(base, source.form, train, classes, adapters_at_zero)
+    made = finished(base, source.form, train, classes, adapters_at_zero)
     if source.loss_chunk is not None and isinstance(made, Transformer) and made.vocabulary:
         whole: Any = made.model
         if isinstance(train, LoraTraining):
@@ -110,7 +110,7 @@ def build_from_config(
     return Objective(made.train(), cross_entropy)
 
 
-def _finished(
+def finished(
     base: Any,
     form: Form,
     train: Training,
