@@ -47,6 +47,10 @@ class Profile(Entry):
         "kept", description="By checkpointing of blocks."
     )
     upcast: bool = Field(True, description="Logits become float32 before the loss.")
+    shifts: Literal["labels", "logits"] = Field(
+        "labels",
+        description="What moves by a place; logits are copied for it (transformers before 4.46).",
+    )
     chunk: int | None = Field(None, ge=1, description="Places whose logits are made at a time.")
     chunks: int | None = Field(None, ge=1, description="Parts in which logits are made.")
     keeps: Literal["nothing", "logits", "graph"] = Field(
@@ -78,6 +82,10 @@ class Profile(Entry):
             raise ValueError(f"{', '.join(sorted(idle))}: loop '{self.loop}' has no such setting")
         if self.chunk and self.chunks:
             raise ValueError("set one of 'chunk' and 'chunks'")
+        if self.shifts == "logits" and (self.chunk or self.chunks):
+            raise ValueError("shifts: logits makes them whole: no 'chunk' and no 'chunks'")
+        if (self.chunk or self.chunks) is None and not self.upcast:
+            raise ValueError("upcast: false needs 'chunk' or 'chunks'")
         return self
 
     @property

@@ -173,7 +173,10 @@ def _predicted(
     if why or rule is None or batch is None:
         return Row(why=why or "", **made)
     length = _number(row["seq"].replace("max_len", "")) or source.length
-    record = _traced(plan, source, rule, row, models[row["model"]], batch, length)
+    try:
+        record = _traced(plan, source, rule, row, models[row["model"]], batch, length)
+    except UserError as error:  # the model can't have it
+        return Row(why=str(error), **made)
     settings = {str(k): str(v) for k, v in rule.settings.items() if k != "train"}
     settings |= {f"train.{k}": str(v) for k, v in rule.settings.get("train", {}).items()}
     settings |= {"plan": str(rule.runs), "part": rule.part, "batch": str(batch)}

@@ -137,3 +137,11 @@ def parted_cross_entropy(logits: Any, batch: Batch, upcast: bool = True) -> Tens
         rows = _wide(rows) if upcast else rows
         total.append(F.cross_entropy(rows, wanted, ignore_index=IGNORED, reduction="sum"))
     return torch.stack(total).sum() / (labels != IGNORED).sum()
+
+
+def shifted_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """``cross_entropy`` of next tokens [n, length, vocabulary] by a copy of all logits but each row's
+    last, as transformers did before 4.46."""
+    rows = _wide(logits)[:, :-1].contiguous()
+    wanted = batch["labels"][:, 1:].flatten()
+    return F.cross_entropy(rows.flatten(0, 1), wanted, ignore_index=IGNORED)

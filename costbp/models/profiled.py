@@ -15,7 +15,12 @@ from costbp.errors import UserError
 from costbp.models.architecture import transformers_config
 from costbp.models.build import finished
 from costbp.models.four_bit import TracedFourBit
-from costbp.models.loss import PartedHead, cross_entropy, parted_cross_entropy
+from costbp.models.loss import (
+    PartedHead,
+    cross_entropy,
+    parted_cross_entropy,
+    shifted_cross_entropy,
+)
 from costbp.models.modules import Transformer
 from costbp.models.packed import replace_packed
 from costbp.models.weights import randomly_drawn
@@ -52,6 +57,8 @@ def build_profiled(entry: ModelEntry, profile: Profile, classes: int) -> Objecti
     if profile.chunk or profile.chunks:
         made = _parted(made, entry, profile)
         loss = partial(parted_cross_entropy, upcast=profile.upcast)
+    if profile.shifts == "logits" and source.form != "classifier":
+        loss = shifted_cross_entropy
     return Objective(made.train(), loss)
 
 
