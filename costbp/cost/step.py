@@ -6,7 +6,9 @@ estimator on any objective: with real or random weights, or on meta without any.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,7 @@ import torch
 from costbp.cost.categories import Categories
 from costbp.device import synchronise
 from costbp.estimators.base import Estimator
-from costbp.meter import Meter
+from costbp.meter import Meter, Timeline
 from costbp.objective import Batch, Key, Objective
 
 WARM_UP = 3  # steps of a kind whose time isn't typical
@@ -54,20 +56,20 @@ def forward_only(objective: Objective, batch: Batch) -> None:
     objective.loss(objective.module(batch), batch)
 
 
-def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Key) -> Count:
-    """Count one estimate on one batch; theta is left as it was.
+def forward_flops(objective: Objective, batch: Batch, known: dict[Any, float]) -> float:
+    """FLOPs of a forward of one batch; ``known`` by the batch's shape, and added to.
 
     Raises:
-        ValueError: the forward pass runs no matrix product that could serve as the unit.
+        ValueError: it runs no matrix product that could serve as the unit.
     """
-    with Meter() as forward:
-        forward_only(objective, batch)
-    if not forward.flops:
+    shape = _shape(batch)
+    if shape not in known:
+        with Meter() as forward:
+            forward_only(objective, batch)
+        known[shape] = forward.flops
+    if not known[shape]:
         raise ValueError("the forward pass runs no matrix product: forward units are undefined")
-    step = Meter([*objective.existing(), *batch.values()])
-    with Categories(step, objective), step:
-        estimator.estimate(objective, [batch], key)
-    return Count(step.flops, forward.flops, step.peak, step.at_peak())
+    return known[shape]
 
 
 def resident_bytes(
@@ -92,11 +94,25 @@ class CostCounter:
     """Cost of steps, counted once per shape of batch and phase of the estimator, on estimates
     that are thrown away.
 
+    Args:
+        named: say what the bytes at the peak are for, which takes up to half of a trace's time;
+            if not, keep timelines, and leave a forward that isn't known uncounted.
+        forwards: FLOPs of a forward by shape of batch, where they are shared with others.
+
     Attributes:
+        timelines: of the estimates counted.
         state_bytes: what the estimator keeps between steps, as far as counted steps showed.
     """
 
-    def __init__(self, estimator: Estimator) -> None:
+    def __init__(
+        self,
+        estimator: Estimator,
+        *,
+        named: bool = True,
+        forwards: dict[Any, float] | None = None,
+    ) -> None:
+        self.named, self.timelines = named, list[Timeline]()
+        self._forwards = {} if forwards is None else forwards
         self.estimator = copy.deepcopy(estimator)  # never run itself: it remembers nothing
         self._known: dict[tuple[Any, ...], Count] = {}
         self._begun: Estimator | None = None  # one that remembers a first step
@@ -108,13 +124,12 @@ class CostCounter:
         estimator = self.estimator.per_batch
         costs, flops = [], 0
         for batch, passes in zip(batches, self.estimator.passes(key.step), strict=True):
-            shape = tuple(tuple(tensor.shape) for tensor in batch.values())
             difference = estimator.difference
             wide = difference is not None and difference.float32
-            known = (shape, estimator.phase(key.step), wide)
+            known = (_shape(batch), estimator.phase(key.step), wide)
             if known not in self._known:
                 trial = self._trial(objective, batch, key)
-                self._known[known] = batch_cost(trial, objective, batch, key)
+                self._known[known] = self._count(trial, objective, batch, key)
                 synchronise(objective.theta.device)  # not on the next step's time
                 own = sum(tensor.nbytes for tensor in trial.state_dict().values())
                 wrappers = self.estimator.kept * objective.theta.nbytes
@@ -136,6 +151,20 @@ class CostCounter:
         if ours is not None and theirs is not None and vars(ours) != vars(theirs):
             ours.eps, ours.float32, self._begun = theirs.eps, theirs.float32, None
 
+    def _count(self, trial: Estimator, objective: Objective, batch: Batch, key: Key) -> Count:
+        """One estimate on one batch; theta is left as it was."""
+        if self.named:
+            forward_flops(objective, batch, self._forwards)
+        step = Meter([*objective.existing(), *batch.values()])
+        names = Categories(step, objective) if self.named else contextlib.nullcontext()
+        with names, step:
+            trial.estimate(objective, [batch], key)
+        if not self.named:
+            self.timelines.append(step.timeline())
+        return Count(
+            step.flops, self._forwards.get(_shape(batch), math.nan), step.peak, step.at_peak()
+        )
+
     def _trial(self, objective: Objective, batch: Batch, key: Key) -> Estimator:
         """An estimator to count with: fresh for steps like the first, else one that has made it."""
         fresh = copy.deepcopy(self.estimator.per_batch)
@@ -145,6 +174,10 @@ class CostCounter:
             fresh.estimate(objective, [batch], replace(key, step=0))
             self._begun = fresh
         return copy.deepcopy(self._begun)
+
+
+def _shape(batch: Batch) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape for tensor in batch.values())
 
 
 def typical_seconds(estimator: Estimator, spans: Sequence[float]) -> float | None:
@@ -183,14 +216,16 @@ def measure_step(
     batch: Batch,
     *,
     timed: bool = False,
+    counter: CostCounter | None = None,
 ) -> StepCost:
     """What an optimiser step costs, all its batches like ``batch``. A first step is made and counts
     for nothing: it fills what optimiser and estimator remember, and moves theta.
 
     Args:
+        counter: of the estimator, where its own is wanted.
         timed: run every kind of step of the estimator's cycle, too, and take its time.
     """
-    counter, steps = CostCounter(estimator), range(1, estimator.cycle + 1)
+    counter, steps = counter or CostCounter(estimator), range(1, estimator.cycle + 1)
     keys = [Key(0, step) for step in steps]
     batches = [[batch] * len(estimator.passes(step)) for step in steps]
     counts = [counter(objective, *given) for given in zip(batches, keys, strict=True)]
