@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,6 +48,25 @@ class _Storage:
     category: str
 
 
+@dataclass(frozen=True)
+class Timeline:
+    """The storages of a computation in the order in which they came.
+
+    Attributes:
+        sizes: bytes of each, [n].
+        died: number of the last storage that came while each was there, [n].
+    """
+
+    sizes: NDArray[np.float64]
+    died: NDArray[np.int64]
+
+    @property
+    def peak(self) -> float:
+        """Largest number of bytes that were there at once."""
+        gone = np.bincount(self.died + 1, self.sizes, len(self.sizes) + 1)
+        return float(np.cumsum(self.sizes - gone[:-1]).max(initial=0))
+
+
 _TIMES: list[int] = []  # one entry for each ``counted`` block at work
 
 
@@ -60,7 +81,16 @@ def counted(times: int) -> Iterator[None]:
         _TIMES.pop()
 
 
-class Meter(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """A dispatch mode of ours: compiled programs are none of its business, and the wrapper that keeps
+    the compiler out would take a tenth of a trace."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Meter(Mode):
     """Counts FLOPs, and bytes of storages created, within the block.
 
     Args:
@@ -100,14 +130,14 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        times = math.prod(_TIMES[self._depth :])
+        times = math.prod(_TIMES[self._depth :]) if _TIMES else 1
         if not times:
             return result
         formula = FLOPS.get(func.overloadpacket)
         if formula is not None:
             self.flops += times * formula(*args, **kwargs, out_val=result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(tensor, Tensor):
                 self._see(tensor)
         return result
 
@@ -143,11 +173,6 @@ class Meter(TorchDispatchMode):
             if entry.category == TEMPORARY:
                 entry.category = category
 
-    @property
-    def lives(self) -> list[tuple[int, int, int | None]]:
-        """Of each storage its bytes and the numbers of the allocations at which it came and went."""
-        return [(entry.size, entry.born, entry.died) for entry in self._all]
-
     def at_peak(self) -> dict[str, int]:
         """Bytes by category at the moment of the peak; they add up to ``peak``."""
         found: dict[str, int] = {}
@@ -155,3 +180,10 @@ class Meter(TorchDispatchMode):
             if entry.born <= self._peak_at and (entry.died is None or entry.died >= self._peak_at):
                 found[entry.category] = found.get(entry.category, 0) + entry.size
         return found
+
+    def timeline(self) -> Timeline:
+        """What came and went, to be computed with."""
+        last = len(self._all) - 1
+        died = [last if entry.died is None else entry.died for entry in self._all]
+        sizes = np.array([entry.size for entry in self._all], np.float64)
+        return Timeline(sizes, np.array(died, np.int64))

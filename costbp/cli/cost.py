@@ -203,8 +203,12 @@ def fit(
     Without --model: which of the catalog's models each method can train at all. Bytes are those
     of a trace without weights (`costbp cost`); fragmentation is not among them.
     """
-    from costbp.cost.bench import Bench
-    from costbp.cost.fit import Fitting, models_that_fit
+    from costbp.models.libraries import with_transformers
+
+    with with_transformers():
+        from costbp.cost.bench import Bench
+        from costbp.cost.fit import Fitting, models_that_fit
+        from costbp.cost.pairs import traceable
 
     study = load(config, plan)
     names = wanted(study, method)
@@ -219,7 +223,9 @@ def fit(
         )
         hand_out(needs, out, as_json, lambda: show_models(needs, names, limits, shape))
         return
-    search = Fitting(Bench(model_entry(study, model, settings), name=model), methods)
+    entry = model_entry(study, model, settings)
+    entry = traceable(entry, study.study.paths.cache / "assets") or entry
+    search = Fitting(Bench(entry, name=model), methods)
     fits = [
         search.fit(name, card, limit, shape, lengths)
         for name in track(names, f"fitting {model}")

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from costbp.config.catalog import FullTraining, LoraTraining, ModelEntry, Training
 from costbp.config.sources import ConfigSource, Form, PythonSource
+from costbp.console import say
 from costbp.errors import UserError
 from costbp.models.architecture import transformers_config
+from costbp.models.libraries import with_transformers
 from costbp.models.loss import ChunkedLoss, cross_entropy
 from costbp.models.modules import Classifier, Encoder, Head, LabelWords, Transformer, redraw
 from costbp.models.packed import QuantisedLinear, replace_packed
 from costbp.models.prefix import without_prefix
-from costbp.models.trainable import head_name, trainable
+from costbp.models.trainable import HEADS, head_name, linears, trainable
 from costbp.models.weights import load_base, randomly_drawn
 from costbp.objective import Objective
 
@@ -108,6 +110,26 @@ def build_from_config(
         head = whole.get_output_embeddings()
         made = ChunkedLoss(whole.model, head, source.loss_chunk, made.vocabulary)
     return Objective(made.train(), cross_entropy)
+
+
+def queries_and_values(source: ConfigSource) -> list[str]:
+    """What a configuration's model calls the linear layers of queries and values: as peft's table
+    says of its type, or as the table says of another type and the model has; else all linear layers."""
+    with with_transformers():
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+    kind = source.config["model_type"]
+    if isinstance(known.get(kind), list):
+        return list(known[kind])
+    config = transformers_config(source.config)
+    with torch.device("meta"):
+        names = linears(randomly_drawn(source, config))
+    tables = [*(names for names in known.values() if isinstance(names, list)), ["q_lin", "v_lin"]]
+    for targets in sorted(tables, key=len, reverse=True):
+        if set(targets) <= set(names) and len(targets) < 3:
+            return list(targets)
+    rest = [name for name in names if name not in HEADS]
+    say(f"notice: no adapters are known for a '{kind}' model; they go to {', '.join(rest)}")
+    return rest
 
 
 def finished(
