@@ -65,6 +65,7 @@ def test_units_are_those_of_products_counted_by_hand(plan, family, train):
     for name in (
         "bp_vanilla",
         "bp_checkpointing",
+        "bp_sublayer",
         "fmad_multiple",
         "zo_vanilla",
         "fzoo",
