@@ -67,6 +67,14 @@ def test_gradients_are_those_of_reverse_mode(family, options):
     assert all(not m._forward_hooks for m in objective.module.modules())
 
 
+def test_gradients_on_a_packed_base():
+    packed = {"source.bits": 4, "source.group": 16, "train.dropout": 0.3}
+    bench = Bench(overlaid(small("llama", layers=5), packed, "test"), "cpu")
+    data = bench.sample(2, 12)
+    wanted = by_autograd(bench.objective, data)
+    assert torch.equal(gradient(SubLayers(), bench.objective, data), wanted)
+
+
 COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2}
 WIDE = {"intermediate_size": 64, "attention_dropout": 0.2, "hidden_dropout": 0.2}
 OTHERS = {  # what their blocks differ in

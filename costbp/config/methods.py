@@ -48,7 +48,6 @@ class BackpropSpec(Strict):
         "beyond weights, gradient, optimiser state and batch, in MiB. Where a step needs more even "
         "with every block recomputed, the run fails and says how much.",
     )
-
     inputs: int | None = Field(
         None,
         ge=1,
@@ -66,12 +65,9 @@ class BackpropSpec(Strict):
 
     def closed_form(self, shares: Shares) -> float:
         """Forward, backward, and what the plan computes again."""
-        again = 0.0
-        if self.plan in ("per_block", "byte_budget"):
-            again = shares.recomputed
-        elif self.plan == "sub_layer":
-            again = shares.halves + shares.dropped(self.inputs)
-        return 1 + shares.backward + again
+        again = dict.fromkeys(("per_block", "byte_budget"), shares.recomputed)
+        again["sub_layer"] = shares.halves + shares.dropped(self.inputs)
+        return 1 + shares.backward + again.get(self.plan, 0.0)
 
     def build(self) -> Estimator:
         from costbp.estimators.backprop import Backprop

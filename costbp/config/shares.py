@@ -36,7 +36,7 @@ class Shares:
     def dropped(self, inputs: int | None) -> float:
         """What computing inputs of blocks again takes, where so many are kept (None: the fewest)."""
         towers = self.towers or ((self.blocks, 1 / self.blocks),)
-        return sum(n * one - min(n, inputs or fewest_inputs(n)) * one for n, one in towers)
+        return sum(max(n - (inputs or fewest_inputs(n)), 0) * one for n, one in towers)
 
 
 RULE_OF_THUMB = Shares()

@@ -79,8 +79,8 @@ def shares(found: Sequence[Product], tensors: int = 1) -> Shares:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of a stack of blocks; ``inner`` lists the feed-forward part's matrices, of which the last reads what
-    the others make."""
+    """Of a stack of blocks; ``inner`` lists the feed-forward part's matrices, of which the last
+    reads what the others make."""
 
     blocks: int
     hidden: int
@@ -151,8 +151,8 @@ def _block(
         if trained:
             rank = train.rank  # type: ignore[union-attr]
             parts += [(wide, rank, given + 1), (rank, tall, 2)]
-        for m, n, live in parts:
-            ends = last and (m, n, live) == parts[-1]
+        for place, (m, n, live) in enumerate(parts, 1):
+            ends = last and place == len(parts)
             found.append(Product(2.0 * tokens * m * n, live, block, half, ends))
         return int(bool(given or weights or trained))
 

@@ -62,16 +62,14 @@ class Pass:
         self.saved: list[weakref.ref[_Place]] = []
         self.ends: list[int] = []  # of all parts but the last, in numbers of saved tensors
         self.again: weakref.WeakKeyDictionary[_Place, Tensor] = weakref.WeakKeyDictionary()
-        self.made: list[tuple[Any, int]] = []  # what was put out, and as which version
+        self.made: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # put out, in which version
 
     def first(self, args: Any, kwargs: Any) -> Any:
         """The pass itself, on its inputs as they came."""
         with saved_tensors_hooks(self._pack, self._unpack):
             result = self.forward(*args, **kwargs)
-        self.made = [
-            (weakref.ref(x) if isinstance(x, Tensor) else type(None), _version(x))
-            for x in tree_leaves(result)
-        ]
+        found = enumerate(tree_leaves(result))
+        self.made = {n: (weakref.ref(x), x._version) for n, x in found if isinstance(x, Tensor)}
         return result
 
     def _among(self, leaves: list[Any]) -> dict[int, int]:
@@ -79,7 +77,7 @@ class Pass:
         return {
             n: number
             for n, x in enumerate(leaves)
-            for number, (made, version) in enumerate(self.made)
+            for number, (made, version) in self.made.items()
             if isinstance(x, Tensor) and x.requires_grad and made() is x and version == x._version
         }
 
