@@ -131,7 +131,7 @@ def loop_step(
     passes, steps, gradients = len(estimator.passes(1)), 1, 0
     states: list[Tensor] = []
     existing = [*objective.existing(), *batch.values()]
-    with _precision(profile) as cached:
+    with _precision(profile) as cached, _repeated(profile):
         with Meter(existing) as forward:
             forward_only(objective, batch)
         if profile.loop == "in_place":
@@ -245,6 +245,22 @@ PRODUCTS: Any = (
     *((torch, "bmm"), (Tensor, "matmul"), (Tensor, "__matmul__")),
 )
 WIDE = ((F, "softmax"), (F, "layer_norm"), (F, "cross_entropy"), (Tensor, "softmax"))
+
+
+@contextlib.contextmanager
+def _repeated(profile: Profile) -> Iterator[None]:
+    """Attention on keys and values that are copied for every head of queries, if the profile says so."""
+    attention = F.scaled_dot_product_attention
+
+    def repeated(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        times = query.shape[1] // key.shape[1]
+        if times > 1:
+            key, value = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
+        return attention(query, key, value, *args, **kwargs)
+
+    patch = mock.patch.object(F, "scaled_dot_product_attention", repeated)
+    with patch if profile.repeats else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
