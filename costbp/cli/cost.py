@@ -11,6 +11,8 @@ import typer
 import yaml
 
 from costbp.cli.app import Config, Frozen, Out, app, known, load
+from costbp.config.cards import CARDS
+from costbp.config.cards import card as known_card
 from costbp.config.catalog import ModelEntry
 from costbp.config.costs import card_bytes
 from costbp.config.load import overlaid
@@ -43,6 +45,10 @@ Device = Annotated[
     str | None,
     typer.Option(help="meta (default) counts without weights; cpu and cuda run with random ones."),
 ]
+CardName = Annotated[
+    str | None,
+    typer.Option("--card", help=f"Seconds and energy on it, or its memory: {', '.join(CARDS)}."),
+]
 BATCH, SEQ = 8, 64  # the study's length; a batch between those of its tasks
 
 
@@ -61,6 +67,7 @@ def cost(
         int | None, typer.Option(min=2, help="Tokens an example; default: the task's, or 64.")
     ] = None,
     device: Device = None,
+    card: CardName = None,
     settings: Settings = None,
     config: Config = None,
     plan: Frozen = None,
@@ -75,6 +82,8 @@ def cost(
     from costbp.cost.bench import Bench
     from costbp.cost.pairs import pair_costs, traceable
 
+    if card is not None:
+        known_card(card)
     study = load(config, plan)
     entry = model_entry(study, model, settings)
     if task is not None:
@@ -101,6 +110,8 @@ def cost(
         )
     else:
         raise UserError(f"model '{model}' is measured on data: name its --task")
+    if card is not None:
+        records = [record.on(card) for record in records]
     hand_out(records, out, as_json, lambda: show(records))
 
 
@@ -158,6 +169,7 @@ def show(records: Sequence[CostRecord]) -> None:
             "-" if r.closed_form is None else f"{r.closed_form:.3g}",
             si(r.flops),
             "-" if r.time is None else f"{r.time:.1f}",
+            *(() if r.joules is None else (f"{r.card_seconds:.3g}", f"{r.joules:.3g}")),
             mib(r.beyond),
             bar({k: v for k, v in r.peak_by_category.items() if k != "weights"}, most),
         )
@@ -168,15 +180,17 @@ def show(records: Sequence[CostRecord]) -> None:
         f"{first.model}, batch {first.batch} x {first.seq}, on {first.device}; weights "
         f"{mib(first.weights_bytes)}, trained {first.d:,}"
     )
-    head = ("method", "forward units", "closed form", "FLOPs", "time, forwards", "peak beyond")
-    table(title, (*head, "what it is for"), rows)
+    head = ("method", "forward units", "closed form", "FLOPs", "time, forwards")
+    predicted = (f"seconds on {first.card}", "joules") if first.card else ()
+    table(title, (*head, *predicted, "peak beyond", "what it is for"), rows)
 
 
 @app.command()
 def fit(
     memory: Annotated[
         str, typer.Option(help="Of the card, as 24GB; comma-separated for several; GB means GiB.")
-    ],
+    ] = "",
+    card: CardName = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -214,7 +228,12 @@ def fit(
     names = wanted(study, method)
     methods = {name: study.catalog.methods[name] for name in names}
     reserved = bytes_of("reserve", reserve)
-    limits = {card: bytes_of("memory", card) - reserved for card in memory.split(",")}
+    sizes = [*filter(None, memory.split(","))]
+    if card is not None:
+        sizes.append(f"{known_card(card).memory}GB")
+    if not sizes:
+        raise UserError("name the card's --memory, as 24GB, or its --card")
+    limits = {size: bytes_of("memory", size) - reserved for size in sizes}
     shape = (batch, seq)
     if model is None:
         models = sized(study)

@@ -33,7 +33,7 @@ from costbp.files import digest
 
 FORMAT = 8  # raised when the meaning of a run changes, so that old records are not mistaken for new
 LONGEST = 200  # characters of a file's name, which a file system has 255 for
-COSTS = 3  # the same for what is measured of a step's cost
+COSTS = 4  # the same for what is measured of a step's cost
 
 
 class Cell(NamedTuple):
