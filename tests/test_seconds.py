@@ -105,9 +105,9 @@ def test_a_record_has_seconds_and_energy(plan):
 
 
 def test_an_unknown_card_names_the_known(costbp):
-    with pytest.raises(UserError, match="card 'h10' is unknown; allowed: a100, .* mean 'h100'"):
+    with pytest.raises(UserError, match=r"card 'h10' is unknown; allowed: a100, .* mean 'h100'"):
         card("h10")
-    with pytest.raises(ValueError, match="allowed: a100, .*"):
+    with pytest.raises(ValueError, match=r"allowed: a100, .*"):
         Costs(models=("a",), methods=("b",), card="h10")
     for words in (["cost"], ["fit"]):
         done = costbp(*words, "--model", "bert_base", "--card", "h10")
