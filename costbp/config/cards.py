@@ -16,7 +16,7 @@ Work = Mapping[tuple[bool, float, float], float]
 """How often operators ran, by whether they multiply in half precision, FLOPs and bytes moved."""
 
 RATE = 0.7  # of the peak of matrix products; assumed, not fitted
-BANDWIDTH = 0.6  # of the peak; fitted on one row, see docs/cost.md
+BANDWIDTH = 0.6  # of the peak; assumed, too: docs/cost.md holds both against published times
 LAUNCH = 5e-6  # seconds; assumed: what an empty kernel takes on CUDA
 
 
