@@ -127,7 +127,8 @@ class Meter(Mode):
 
     Args:
         existing: tensors that were there before; views of them cost nothing. If one is on meta,
-            meta tensors count like others.
+            meta tensors count like others; if one is on a GPU, what lies in the host's memory
+            doesn't.
 
     Attributes:
         flops: of matrix products, convolutions and attention kernels that torch has a formula
@@ -150,6 +151,7 @@ class Meter(Mode):
         self.flops = self.live = self.peak = 0
         before = list(existing)
         self._on_meta = any(t.is_meta for t in before)
+        self._on_gpu = any(t.device.type not in ("cpu", "meta") for t in before)
         self._existing = {t.untyped_storage()._cdata for t in before}
         self._alive: dict[int, _Storage] = {}
         self._all: list[_Storage] = []
@@ -186,6 +188,8 @@ class Meter(Mode):
     def _see(self, tensor: Tensor) -> None:
         if tensor._is_zerotensor() or (tensor.is_meta and not self._on_meta):
             return  # a shape without memory: an absent tangent, or what torch infers shapes with
+        if self._on_gpu and tensor.device.type == "cpu":
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._existing or key in self._alive:

@@ -13,9 +13,11 @@ import torch
 
 from costbp.config.catalog import LoraTraining, ModelEntry
 from costbp.config.methods import MethodEntry
+from costbp.config.profiles import Profile
 from costbp.config.read import validate
 from costbp.config.shares import Shares
 from costbp.config.sources import ConfigSource
+from costbp.cost.loops import Part, loop_step
 from costbp.cost.products import SIZES, products, shares
 from costbp.cost.record import CostRecord
 from costbp.cost.step import CostCounter, StepCost, forward_flops, measure_step
@@ -29,6 +31,7 @@ from costbp.models.architecture import longest, sample_batch, transformers_confi
 from costbp.models.build import build_from_config, queries_and_values
 from costbp.models.libraries import with_transformers
 from costbp.models.packed import PackedLinear
+from costbp.models.profiled import build_profiled
 from costbp.objective import Batch, Key, at_work
 
 DEVICES = ("meta", "cpu", "cuda")
@@ -79,11 +82,14 @@ def entry_from_config(path: Path) -> ModelEntry:
 
 @dataclass(frozen=True)
 class Trace:
-    """A step in FLOPs, in bytes at its peak, and in the storages that come and go in it."""
+    """A step in FLOPs, in bytes at its peak, in the storages that come and go in it, and in what a GPU's
+    allocator makes of them."""
 
     flops: float
     bytes: int
     timelines: tuple[Timeline, ...]
+    allocated: int
+    reserved: int
 
     @property
     def resident(self) -> float:
@@ -99,13 +105,20 @@ class Bench:
         device: ``meta`` counts without weights; ``cpu`` and ``cuda`` run with random ones.
         classes: of a classifier.
         name: what records call it; by default its label.
+        profile: whose training loop is traced; none: this package's.
 
     Raises:
-        UserError: no ``config`` source; an unknown device, or CUDA asked for and absent.
+        UserError: no ``config`` source; an unknown device, or CUDA asked for and absent; a profile that
+            the model, or a device with numbers, can't have.
     """
 
     def __init__(
-        self, entry: ModelEntry, device: str = "meta", classes: int = CLASSES, name: str = ""
+        self,
+        entry: ModelEntry,
+        device: str = "meta",
+        classes: int = CLASSES,
+        name: str = "",
+        profile: Profile | None = None,
     ) -> None:
         if not isinstance(entry.source, ConfigSource):
             raise UserError(
@@ -118,10 +131,16 @@ class Bench:
             raise UserError("--device cuda: no CUDA device here; --device meta needs none")
         self.entry, self.device, self.classes, self.form = entry, device, classes, entry.source.form
         self.name = name or entry.label
+        self.profile = None if profile is None or profile.loop == "ours" else profile
+        if self.profile is not None and device != "meta":
+            raise UserError(f"--profile is traced without weights: --device meta, not {device}")
         self.config = transformers_config(entry.source.config, classes)
         self._forwards: dict[Any, float] = {}  # shape of a batch -> FLOPs
         with self.on_device():
-            self.objective = build_from_config(entry.source, entry.train, classes)
+            if self.profile is not None:
+                self.objective = build_profiled(entry, self.profile, classes)
+            else:
+                self.objective = build_from_config(entry.source, entry.train, classes)
         self.blocks = len(blocks(self.objective.module))
 
     @property
@@ -163,7 +182,8 @@ class Bench:
     def sample(self, batch: int, length: int) -> Batch:
         """A random batch of that many examples and tokens."""
         with self.on_device():
-            data = sample_batch(self.config, self.form, batch, length, self.classes)
+            padding = self.profile is None or self.profile.padding
+            data = sample_batch(self.config, self.form, batch, length, self.classes, padding)
         return data if self.device == "meta" else to_device(data, torch.device(self.device))
 
     def cost(
@@ -175,6 +195,7 @@ class Bench:
         *,
         timed: bool = True,
         task: str | None = None,
+        part: Part = "step",
     ) -> CostRecord:
         """A step of one method; its seconds are None on meta. On CUDA the record also holds what
         torch's allocator says of the step.
@@ -186,16 +207,17 @@ class Bench:
         timed = timed and self.device != "meta"
         counter = CostCounter(estimator, forwards=self._forwards)
         with self.tracing():
-            found = self._measured(method, data, counter, timed)
+            found = self._measured(method, data, counter, timed, part)
             allocated = self._allocated(estimator, data) if timed else {}
         return CostRecord(
             model=self.name,
             task=task,
             method=name,
+            profile=self.profile.label if self.profile else None,
             device=self.device,
             batch=batch,
             seq=length,
-            closed_form=method.closed_form(self._shares(data)),
+            closed_form=None if self.profile else method.closed_form(self._shares(data)),
             **asdict(found),
             **allocated,
         )
@@ -216,11 +238,21 @@ class Bench:
         with self.tracing():
             found = self._measured(method, data, counter)
         total = found.weights_bytes + found.state_bytes + found.peak_bytes
-        return Trace(found.flops, total, tuple(counter.timelines))
+        taken = found.allocated or 0, found.reserved or 0
+        return Trace(found.flops, total, tuple(counter.timelines), *taken)
 
     def _measured(
-        self, method: MethodEntry, data: Batch, counter: CostCounter, timed: bool = False
+        self,
+        method: MethodEntry,
+        data: Batch,
+        counter: CostCounter,
+        timed: bool = False,
+        part: Part = "step",
     ) -> StepCost:
+        if self.profile is not None:
+            found, timeline = loop_step(self.objective, method, data, self.profile, part)
+            counter.timelines.append(timeline)
+            return found
         optimizer = method.optimizer.build(self.objective.theta)
         return measure_step(
             self.objective, method.build(), optimizer, data, timed=timed, counter=counter

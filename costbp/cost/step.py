@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from costbp.config.cards import CARDS, Work
+from costbp.cost.allocator import replayed
 from costbp.cost.categories import Categories
 from costbp.device import synchronise
 from costbp.estimators.base import Estimator
@@ -40,6 +41,7 @@ class Count:
             optimiser state and batch.
         at_peak: those bytes by category (``cost/categories.py``).
         work: operators by FLOPs and bytes moved, where that was asked for.
+        timeline: of all storages that came and went.
     """
 
     flops: int
@@ -47,6 +49,7 @@ class Count:
     peak_bytes: int
     at_peak: Mapping[str, int] = field(default_factory=dict)
     work: Work = field(default_factory=dict)
+    timeline: Timeline | None = None
 
     @property
     def units(self) -> float:
@@ -76,17 +79,22 @@ def forward_flops(objective: Objective, batch: Batch, known: dict[Any, float]) -
     return known[shape]
 
 
+def frozen_bytes(objective: Objective) -> list[int]:
+    """Of each storage of frozen weights and buffers."""
+    trained = objective.theta.untyped_storage()._cdata
+    tensors = [*objective.module.parameters(), *objective.module.buffers()]
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return [size for key, size in found.items() if key != trained]
+
+
 def resident_bytes(
     objective: Objective, optimizer: torch.optim.Optimizer, estimator_state: int
 ) -> dict[str, int]:
     """Bytes that stay between steps, by category: frozen weights and buffers, adapters (whatever is
     trained), gradients, and the state of the optimiser and of the estimator (given)."""
-    trained = {id(p) for p in objective.module.parameters() if p.requires_grad}
-    tensors = [*objective.module.parameters(), *objective.module.buffers()]
-    frozen = {t.untyped_storage()._cdata: t for t in tensors if id(t) not in trained}
     moments = [t for state in optimizer.state.values() for t in state.values()]
     return {
-        "weights": sum(t.untyped_storage().nbytes() for t in frozen.values()),
+        "weights": sum(frozen_bytes(objective)),
         "adapters": objective.theta.nbytes,
         "gradients": objective.buffer.nbytes,
         "optimiser state": estimator_state
@@ -100,7 +108,7 @@ class CostCounter:
 
     Args:
         named: say what the bytes at the peak are for, which takes up to half of a trace's time;
-            if not, keep timelines, and leave a forward that isn't known uncounted.
+            if not, leave a forward that isn't known uncounted.
         forwards: FLOPs of a forward by shape of batch, where they are shared with others.
 
     Attributes:
@@ -148,6 +156,7 @@ class CostCounter:
             flops=flops,
             forward_flops=statistics.mean(cost.forward_flops for cost in costs),
             peak_bytes=largest.peak_bytes + held,
+            timeline=largest.timeline,
             at_peak={**largest.at_peak, **({"gradients": held} if held else {})},
             work=work,
         )
@@ -167,14 +176,14 @@ class CostCounter:
         names = Categories(step, objective) if self.named else contextlib.nullcontext()
         with names, step:
             trial.estimate(objective, [batch], key)
-        if not self.named:
-            self.timelines.append(step.timeline())
+        self.timelines.append(step.timeline())
         return Count(
             flops=step.flops,
             forward_flops=self._forwards.get(_shape(batch), math.nan),
             peak_bytes=step.peak,
             at_peak=step.at_peak(),
             work=step.work or {},
+            timeline=self.timelines[-1],
         )
 
     def _trial(self, objective: Objective, batch: Batch, key: Key) -> Estimator:
@@ -207,7 +216,9 @@ def typical_seconds(estimator: Estimator, spans: Sequence[float]) -> float | Non
 @dataclass(frozen=True)
 class StepCost:
     """A typical optimiser step: FLOPs, units and seconds are means over the estimator's cycle, bytes
-    those of its largest step, seconds medians (None unless asked for); ``predicted`` are by card."""
+    those of its largest step, seconds medians (None unless asked for); ``predicted`` are seconds by
+    card, ``allocated`` and ``reserved`` what a GPU's allocator would hand out and keep
+    (``cost/allocator.py``)."""
 
     forward_units: float
     flops: float
@@ -218,8 +229,10 @@ class StepCost:
     state_bytes: int
     d: int
     predicted: dict[str, float]
-    seconds: float | None
-    forward_seconds: float | None
+    seconds: float | None = None
+    forward_seconds: float | None = None
+    allocated: int | None = None
+    reserved: int | None = None
 
 
 def measure_step(
@@ -261,6 +274,8 @@ def measure_step(
     resident = resident_bytes(objective, optimizer, counter.state_bytes)
     largest = max(counts, key=lambda count: count.peak_bytes)
     names = dict.fromkeys((*resident, *largest.at_peak))
+    own = (size for name, size in resident.items() if name != "weights")
+    allocated, reserved = replayed([*frozen_bytes(objective), *own], largest.timeline)
     return StepCost(
         forward_units=statistics.mean(count.units for count in counts),
         flops=statistics.mean(count.flops for count in counts),
@@ -270,13 +285,20 @@ def measure_step(
         weights_bytes=resident["weights"],
         state_bytes=sum(resident.values()) - resident["weights"],
         d=objective.d,
-        predicted={
-            name: statistics.mean(card.seconds(c.work) for c in counts) + card.seconds(update.work)
-            for name, card in CARDS.items()
-        },
+        predicted=predicted(*((1 / len(counts), c.work) for c in counts), (1, update.work)),
         seconds=seconds[0],
         forward_seconds=seconds[1],
+        allocated=allocated,
+        reserved=reserved,
     )
+
+
+def predicted(*works: tuple[float, Work]) -> dict[str, float]:
+    """Seconds of a step by card; each work with how often a step does it."""
+    return {
+        name: sum(times * card.seconds(work) for times, work in works)
+        for name, card in CARDS.items()
+    }
 
 
 def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -60,7 +60,7 @@ def build_model(
     if model.reads == "states":
         base, train = without_prefix(base, train)
     head = LabelWords(words) if words is not None and model.head == "label_words" else None
-    return _finished(base, form, train, classes, head=head).train().to(device)
+    return finished(base, form, train, classes, head=head).train().to(device)
 
 
 def _of_a_file(
@@ -95,6 +95,9 @@ def build_from_config(
     Args:
         classes: of a classifier.
         adapters_at_zero: start LoRA's second factor at zero, as in training.
+
+    Raises:
+        UserError: the model can't be made, or not with the source's ``bits`` or ``loss_chunk``.
     """
     config = transformers_config(source.config, classes)
     if source.form == "classifier" and config.pad_token_id is None:
@@ -102,13 +105,14 @@ def build_from_config(
     base = randomly_drawn(source, config)
     if source.bits is not None:  # whatever the packing: all take about as many bytes
         replace_packed(base, partial(QuantisedLinear, group=source.group))
-    made = _finished(base, source.form, train, classes, adapters_at_zero)
-    if source.loss_chunk is not None and isinstance(made, Transformer) and made.vocabulary:
+    made = finished(base, source.form, train, classes, adapters_at_zero)
+    if source.loss_chunk is not None:
         whole: Any = made.model
         if isinstance(train, LoraTraining):
             whole = whole.get_base_model()
-        head = whole.get_output_embeddings()
-        made = ChunkedLoss(whole.model, head, source.loss_chunk, made.vocabulary)
+        _refuse_changed_logits(whole.config.get_text_config())
+        parts = whole.base_model, whole.get_output_embeddings()
+        made = ChunkedLoss(*parts, source.loss_chunk, config.get_text_config().vocab_size)
     return Objective(made.train(), cross_entropy)
 
 
@@ -132,7 +136,16 @@ def queries_and_values(source: ConfigSource) -> list[str]:
     return rest
 
 
-def _finished(
+def _refuse_changed_logits(config: Any) -> None:
+    for name, value in config.to_dict().items():
+        if "logit" in name and type(value) in (int, float) and value != 1:
+            raise UserError(
+                f"source.loss_chunk: a '{config.model_type}' model changes what its head puts out "
+                f"({name} = {value}): leave loss_chunk out"
+            )
+
+
+def finished(
     base: Any,
     form: Form,
     train: Training,
