@@ -82,6 +82,37 @@ def counted(times: int | Fraction) -> Iterator[None]:
         _TIMES.pop()
 
 
+aten = torch.ops.aten
+FREE = {  # operators that move nothing, beside views that say they are
+    aten._unsafe_view.default,
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+LOOKUPS = {"embedding", "index", "index_select", "gather"}  # read of their table what they return
+FILLING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_"}  # don't read
+
+
+def moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Bytes that an operator reads of its arguments and writes to its results, each tensor once."""
+    name = func.overloadpacket.__name__
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    written = sum(_bytes(x) for x in tree_leaves(result) if isinstance(x, Tensor))
+    if name in LOOKUPS or name in FILLING:
+        read = written if name in LOOKUPS else 0
+        return written + read + sum(map(_bytes, given[1:]))
+    return written + sum(map(_bytes, given))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Without what an expanded tensor repeats, nor a zero tangent, which has no numbers."""
+    if tensor._is_zerotensor():
+        return 0
+    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
+
+
 class Mode(TorchDispatchMode):
     """A dispatch mode of ours: compiled programs are none of its business, and the wrapper that keeps
     the compiler out would take a tenth of a trace."""
@@ -108,9 +139,12 @@ class Meter(Mode):
         live: bytes alive now.
         peak: largest value of ``live`` so far.
         classify: what the storage of a new tensor is for; ``mark`` may say so later.
+        work: how often operators ran that aren't views, by whether they multiply in half precision,
+            FLOPs and bytes moved; counted if there is a counter.
     """
 
     classify: Callable[[Tensor], str] | None = None
+    work: dict[tuple[bool, float, float], float] | None = None
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -137,11 +171,18 @@ class Meter(Mode):
         if not times:
             return result
         formula = FLOPS.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += int(times * formula(*args, **kwargs, out_val=result))
-        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
+        flops = formula(*args, **kwargs, out_val=result) if formula is not None else 0
+        self.flops += int(times * flops)
+        with torch._C.DisableTorchFunction():  # what is asked of tensors here is no function's work
+            if self.work is not None and not (func.is_view or func in FREE):
+                first = next((x for x in tree_leaves(result) if isinstance(x, Tensor)), None)
+                half = first is not None and first.dtype in (torch.bfloat16, torch.float16)
+                key = half, flops, moved(func, args, kwargs, result)
+                if key[2]:  # else it only notes something for a profiler
+                    self.work[key] = self.work.get(key, 0) + float(times)
+            for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self._see(tensor)
         return result
 
     def _see(self, tensor: Tensor) -> None:

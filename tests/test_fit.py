@@ -182,7 +182,7 @@ def test_cuda_asked_for_and_absent():
 
 @pytest.mark.parametrize("text", ["24", "many GB", "-3GB", "1.2.3GB"])
 def test_a_memory_needs_a_unit(text):
-    from costbp.cli.cost import bytes_of
+    from costbp.cli.fit import bytes_of
 
     assert bytes_of("memory", "1.5 GiB") == 3 * 2**29
     with pytest.raises(UserError, match="wants a number with a unit, as 24GB"):

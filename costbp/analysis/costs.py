@@ -11,6 +11,7 @@ from costbp.analysis.outputs import COSTS
 from costbp.analysis.panels import save
 from costbp.analysis.report import pictures, render
 from costbp.analysis.tables import markdown, si
+from costbp.config.cards import card
 from costbp.config.study import Plan
 from costbp.cost.record import Fit, read_costs, read_records
 from costbp.errors import UserError
@@ -49,7 +50,8 @@ def read(plan: Plan) -> dict[str, pd.DataFrame]:
 def table(plan: Plan, traces: pd.DataFrame) -> pd.DataFrame:
     """A row per model and method, in words."""
     frame = labelled(plan, traces)
-    return pd.DataFrame(
+    name = plan.study.costs.card if plan.study.costs else None
+    found = pd.DataFrame(
         {
             "Model": frame["Model"],
             "Method": frame["Method"],
@@ -60,6 +62,11 @@ def table(plan: Plan, traces: pd.DataFrame) -> pd.DataFrame:
             "GiB in all": (frame["bytes"] / GIB).map("{:.2f}".format),
         }
     )
+    if name is not None:
+        spent = frame["predicted"].map(lambda by_card: by_card[name])
+        found[f"Seconds on {name}"] = spent.map("{:.3g}".format)
+        found["Joules"] = (spent * card(name).watts).map("{:.3g}".format)
+    return found
 
 
 def write(plan: Plan, folder: Path) -> None:

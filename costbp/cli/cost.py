@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +11,10 @@ import typer
 import yaml
 
 from costbp.cli.app import Config, Frozen, Out, app, known, load
+from costbp.config.cards import CARDS
+from costbp.config.cards import card as known_card
 from costbp.config.catalog import ModelEntry
-from costbp.config.costs import card_bytes
 from costbp.config.load import overlaid
-from costbp.config.sources import ConfigSource
 from costbp.config.study import Plan
 from costbp.console import bar, table, track
 from costbp.errors import UserError
@@ -22,7 +22,7 @@ from costbp.errors import UserError
 if TYPE_CHECKING:
     from costbp.config.entries import Strict
     from costbp.config.profiles import Profile
-    from costbp.cost.record import CostRecord, Fit, Needs
+    from costbp.cost.record import CostRecord
 
 OF_PROFILES = "profile."  # prefix of settings that belong to the profile
 ALIASES = {"lora.r": "train.rank", "lora.rank": "train.rank", "lora.alpha": "train.alpha"}
@@ -46,6 +46,10 @@ Json = Annotated[bool, typer.Option("--json", help="A list of objects on stdout.
 Device = Annotated[
     str | None,
     typer.Option(help="meta (default) counts without weights; cpu and cuda run with random ones."),
+]
+CardName = Annotated[
+    str | None,
+    typer.Option("--card", help=f"Seconds and energy on it, or its memory: {', '.join(CARDS)}."),
 ]
 BATCH, SEQ = 8, 64  # the study's length; a batch between those of its tasks
 
@@ -71,6 +75,7 @@ def cost(
     ] = None,
     device: Device = None,
     profile: Profiled = None,
+    card: CardName = None,
     settings: Settings = None,
     published: Annotated[
         bool, typer.Option("--published", help="Predict what others have measured, and score it.")
@@ -98,6 +103,8 @@ def cost(
     from costbp.cost.bench import Bench
     from costbp.cost.pairs import pair_costs, traceable
 
+    if card is not None:
+        known_card(card)
     study = load(config, plan)
     loop, settings = profiled(study, profile, settings)
     entry = model_entry(study, model, settings)
@@ -129,6 +136,8 @@ def cost(
         )
     else:
         raise UserError(f"model '{model}' is measured on data: name its --task")
+    if card is not None:
+        records = [record.on(card) for record in records]
     hand_out(records, out, as_json, lambda: show(records))
 
 
@@ -212,6 +221,7 @@ def show(records: Sequence[CostRecord]) -> None:
             "-" if r.closed_form is None else f"{r.closed_form:.3g}",
             si(r.flops),
             "-" if r.time is None else f"{r.time:.1f}",
+            *(() if r.joules is None else (f"{r.card_seconds:.3g}", f"{r.joules:.3g}")),
             mib(r.beyond),
             bar({k: v for k, v in r.peak_by_category.items() if k != "weights"}, most),
         )
@@ -222,120 +232,9 @@ def show(records: Sequence[CostRecord]) -> None:
         f"{first.model}, batch {first.batch} x {first.seq}, on {first.device}; weights "
         f"{mib(first.weights_bytes)}, trained {first.d:,}"
     )
-    head = ("method", "forward units", "closed form", "FLOPs", "time, forwards", "peak beyond")
-    table(title, (*head, "what it is for"), rows)
-
-
-@app.command()
-def fit(
-    memory: Annotated[
-        str, typer.Option(help="Of the card, as 24GB; comma-separated for several; GB means GiB.")
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Name in models.yaml or a `config.json`; default: which models fit at all.",
-        ),
-    ] = None,
-    method: Annotated[
-        str, typer.Option("--method", "-M", help="Comma-separated; default: the usual ones.")
-    ] = "bp_vanilla,bp_selective,bp_checkpointing,fmad_vanilla,fmad_multiple,zo_vanilla",
-    batch: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = BATCH,
-    seq: Annotated[int, typer.Option(min=2, help="Tokens an example.")] = SEQ,
-    reserve: Annotated[str, typer.Option(help="What driver and others take.")] = "0.5GB",
-    profile: Profiled = None,
-    lengths: Annotated[bool, typer.Option(help="Search the largest length, too.")] = True,
-    settings: Settings = None,
-    config: Config = None,
-    plan: Frozen = None,
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """What fits on a card: each method's largest batch and length, its cost, the cheapest BP plan.
-
-    Without --model: which of the catalog's models each method can train at all. Bytes are those
-    of a trace without weights (`costbp cost`); fragmentation is not among them.
-    """
-    from costbp.models.libraries import with_transformers
-
-    with with_transformers():
-        from costbp.cost.bench import Bench
-        from costbp.cost.fit import Fitting, models_that_fit
-        from costbp.cost.pairs import traceable
-
-    study = load(config, plan)
-    names = wanted(study, method)
-    methods = {name: study.catalog.methods[name] for name in names}
-    reserved = bytes_of("reserve", reserve)
-    limits = {card: bytes_of("memory", card) - reserved for card in memory.split(",")}
-    shape = (batch, seq)
-    if model is None:
-        models = sized(study)
-        needs = models_that_fit(
-            {n: models[n] for n in track(list(models), "tracing models")}, methods, shape
-        )
-        hand_out(needs, out, as_json, lambda: show_models(needs, names, limits, shape))
-        return
-    entry = model_entry(study, model, settings)
-    entry = traceable(entry, study.study.paths.cache / "assets") or entry
-    search = Fitting(Bench(entry, name=model), methods)
-    fits = [
-        search.fit(name, card, limit, shape, lengths)
-        for name in track(names, f"fitting {model}")
-        for card, limit in limits.items()
-    ]
-    hand_out(fits, out, as_json, lambda: show_fits(study, fits, limits))
-
-
-def show_fits(study: Plan, fits: Sequence[Fit], limits: Mapping[str, int]) -> None:
-    """What each method can do on each card, and the cheapest backpropagation that fits."""
-    from costbp.cost.fit import cheapest_plan
-
-    def number(value: int | None) -> str:
-        return "not searched" if value is None else f"{value:,}" if value else "none fits"
-
-    for card, limit in limits.items():
-        rows = [fit for fit in fits if fit.memory == card]
-        words = [
-            (
-                row.method,
-                f"{row.units:.2f}",
-                f"{row.bytes / 2**30:.2f}" + ("" if row.bytes <= limit else "  does not fit"),
-                number(row.batch),
-                number(row.length),
-            )
-            for row in rows
-        ]
-        batch, seq = rows[0].wanted_batch, rows[0].seq
-        head = ("method", "forward units", f"GiB at {batch} x {seq}")
-        most = (f"largest batch at {seq} tokens", f"largest length at batch {batch}")
-        title = f"{rows[0].model} in {card}, {limit / 2**30:.1f} GiB of it free"
-        table(title, (*head, *most), words)
-        best = cheapest_plan(study, rows, limit)
-        print(
-            "no backpropagation plan fits"
-            if best is None
-            else f"cheapest backpropagation that fits: {best.method}, {best.units:.2f} forward units"
-        )
-
-
-def show_models(
-    needs: Sequence[Needs],
-    names: Sequence[str],
-    limits: Mapping[str, int],
-    shape: tuple[int, int],
-) -> None:
-    """GiB of a step of each method on each model; in brackets where it exceeds the card."""
-    for card, limit in limits.items():
-        words = []
-        for row in needs:
-            sizes = (row.bytes[name] for name in names)
-            shown = (f"{n / 2**30:.2f}" if n <= limit else f"({n / 2**30:.2f})" for n in sizes)
-            words.append((row.model, f"{row.parameters / 1e9:.2f} G", *shown))
-        title = f"GiB at batch {shape[0]} x {shape[1]}; in brackets what exceeds {card}"
-        table(title, ("model", "parameters", *names), words)
+    head = ("method", "forward units", "closed form", "FLOPs", "time, forwards")
+    predicted = (f"seconds on {first.card}", "joules") if first.card else ()
+    table(title, (*head, *predicted, "peak beyond", "what it is for"), rows)
 
 
 @app.command()
@@ -367,17 +266,3 @@ def costs(config: Config = None, plan: Frozen = None) -> None:
     folder = study.study.paths.reports / "costs"
     write(study, folder)
     print(folder / "index.html")
-
-
-def bytes_of(option: str, text: str) -> int:
-    """An option's memory in bytes."""
-    try:
-        return card_bytes(text)
-    except ValueError as error:
-        raise UserError(f"--{option} {text}: {error}") from error
-
-
-def sized(study: Plan) -> Mapping[str, ModelEntry]:
-    """The catalog's models that can be traced at full size."""
-    models = study.catalog.models
-    return {name: m for name, m in models.items() if isinstance(m.source, ConfigSource)}

@@ -6,7 +6,9 @@ import re
 
 from pydantic import Field, field_validator
 
+from costbp.config.cards import CARDS
 from costbp.config.entries import EntryName, Strict
+from costbp.errors import suggest
 
 
 def card_bytes(text: str) -> int:
@@ -59,4 +61,12 @@ class Costs(Strict):
     batch: int = Field(8, ge=1, description="Examples a batch.")
     seq: int = Field(64, ge=2, description="Tokens an example.")
     sweeps: dict[EntryName, Sweep] = Field({}, description="Cost against one key, by name.")
+    card: str | None = Field(None, description=f"Seconds and energy on it: {', '.join(CARDS)}.")
     fits: Fits | None = Field(None, description="The largest batch on each card.")
+
+    @field_validator("card")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in CARDS:
+            raise ValueError(suggest(name, CARDS))
+        return name

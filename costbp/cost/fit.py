@@ -106,6 +106,8 @@ class Fitting:
             wanted_batch=shape[0],
             units=wanted.flops / self.bench.forward_flops(*shape),
             bytes=wanted.bytes,
+            allocated=wanted.allocated,
+            reserved=wanted.reserved,
             batch=self._largest(name, limit, shape, False),
             length=self._largest(name, limit, shape, True) if lengths else None,
         )

@@ -19,7 +19,7 @@ from costbp.config.methods import MethodEntry
 from costbp.config.profiles import Profile
 from costbp.cost.allocator import replayed
 from costbp.cost.categories import GRADIENTS, Categories
-from costbp.cost.step import StepCost, forward_only, frozen_bytes
+from costbp.cost.step import StepCost, forward_only, frozen_bytes, predicted
 from costbp.errors import UserError
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.memory_plans import Keeping, MemoryPlan, per_block
@@ -136,6 +136,7 @@ def loop_step(
             forward_only(objective, batch)
         if profile.loop == "in_place":
             with Meter(existing) as meter, Categories(meter, objective):
+                meter.work = {}
                 _in_place(objective, batch, 2 * passes, method.optimizer.weight_decay, part)
         else:
             assert isinstance(estimator.per_batch, Backprop)
@@ -148,6 +149,7 @@ def loop_step(
             kept = [p.grad for p in loop.trained if p.grad is not None]
             steps = 2 if profile.keeps == "graph" else 1
             with Meter([*existing, *states, *kept]) as meter, Categories(meter, objective):
+                meter.work = {}
                 if part == "step":
                     loop.run([batch] * passes, steps, meter)
             gradients = sum(tensor.nbytes for tensor in kept)
@@ -170,6 +172,7 @@ def loop_step(
         weights_bytes=weights,
         state_bytes=objective.theta.nbytes + state,
         d=objective.d,
+        predicted=predicted((1 / steps, meter.work or {})),
         allocated=allocated,
         reserved=reserved,
     )

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pydantic import Field
 
+from costbp.config.cards import card
 from costbp.config.entries import Strict
 from costbp.errors import UserError
 from costbp.files import write_json
@@ -37,6 +38,10 @@ class CostRecord(Strict):
     d: int
     seconds: float | None = Field(None, description="None where traced, or not timed.")
     forward_seconds: float | None = None
+    predicted: dict[str, float] = Field({}, description="Seconds by published peaks, by card.")
+    card: str | None = Field(None, description="That was asked for.")
+    card_seconds: float | None = Field(None, description="A step on it by its published peaks.")
+    joules: float | None = Field(None, description="The same at the card's largest power.")
     allocated_bytes: int | None = Field(None, description="By the allocator of a GPU, if asked.")
     reserved_bytes: int | None = None
     allocated: int | None = Field(
@@ -45,6 +50,12 @@ class CostRecord(Strict):
     reserved: int | None = Field(None, description="Those that it would take from the driver.")
     profile: str | None = Field(None, description="Whose training loop; none: this package's.")
     value: int | None = Field(None, description="Of the key that a sweep varies.")
+
+    def on(self, name: str) -> CostRecord:
+        """The same with the step's seconds and energy on a card."""
+        spent = self.predicted[name]
+        found = {"card": name, "card_seconds": spent, "joules": spent * card(name).watts}
+        return self.model_copy(update=found)
 
     @property
     def bytes(self) -> int:
@@ -74,6 +85,8 @@ class Fit(Strict):
     wanted_batch: int
     units: float = Field(description="Forward units of a step at that batch and length.")
     bytes: int = Field(description="At its peak, weights included.")
+    allocated: int = Field(description="What a GPU's allocator hands out for it.")
+    reserved: int = Field(description="What that takes from the driver.")
     batch: int = Field(description="The largest at that length; 0 where none fits.")
     length: int | None = Field(description="The largest at that batch; None if not searched.")
 

@@ -11,6 +11,7 @@ import copy
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from costbp.config.cards import CARDS, Work
 from costbp.cost.allocator import replayed
 from costbp.cost.categories import Categories
 from costbp.device import synchronise
@@ -38,6 +40,7 @@ class Count:
         peak_bytes: largest number of bytes alive at once beyond parameters, gradient buffer,
             optimiser state and batch.
         at_peak: those bytes by category (``cost/categories.py``).
+        work: operators by FLOPs and bytes moved, where that was asked for.
         timeline: of all storages that came and went.
     """
 
@@ -45,6 +48,7 @@ class Count:
     forward_flops: float
     peak_bytes: int
     at_peak: Mapping[str, int] = field(default_factory=dict)
+    work: Work = field(default_factory=dict)
     timeline: Timeline | None = None
 
     @property
@@ -130,7 +134,7 @@ class CostCounter:
         """Cost of step ``key.step`` on its ``batches``. Inner estimates run one after the other,
         so FLOPs add up; the peak is the largest, with what wrappers hold meanwhile."""
         estimator = self.estimator.per_batch
-        costs, flops = [], 0
+        costs, flops, work = [], 0, Counter[tuple[bool, float, float]]()
         for batch, passes in zip(batches, self.estimator.passes(key.step), strict=True):
             difference = estimator.difference
             wide = difference is not None and difference.float32
@@ -144,6 +148,8 @@ class CostCounter:
                 self.state_bytes = max(self.state_bytes, own + wrappers)
             costs.append(self._known[known])
             flops += passes * costs[-1].flops
+            for kind, count in costs[-1].work.items():
+                work[kind] += passes * count  # type: ignore[assignment]
         held = self.estimator.scratch * objective.theta.nbytes
         largest = max(costs, key=lambda cost: cost.peak_bytes)
         return Count(
@@ -152,6 +158,7 @@ class CostCounter:
             peak_bytes=largest.peak_bytes + held,
             timeline=largest.timeline,
             at_peak={**largest.at_peak, **({"gradients": held} if held else {})},
+            work=work,
         )
 
     def follow(self, estimator: Estimator) -> None:
@@ -165,12 +172,19 @@ class CostCounter:
         if self.named:
             forward_flops(objective, batch, self._forwards)
         step = Meter([*objective.existing(), *batch.values()])
+        step.work = {} if self.named else None
         names = Categories(step, objective) if self.named else contextlib.nullcontext()
         with names, step:
             trial.estimate(objective, [batch], key)
         self.timelines.append(step.timeline())
-        forward = self._forwards.get(_shape(batch), math.nan)
-        return Count(step.flops, forward, step.peak, step.at_peak(), self.timelines[-1])
+        return Count(
+            flops=step.flops,
+            forward_flops=self._forwards.get(_shape(batch), math.nan),
+            peak_bytes=step.peak,
+            at_peak=step.at_peak(),
+            work=step.work or {},
+            timeline=self.timelines[-1],
+        )
 
     def _trial(self, objective: Objective, batch: Batch, key: Key) -> Estimator:
         """An estimator to count with: fresh for steps like the first, else one that has made it."""
@@ -202,8 +216,9 @@ def typical_seconds(estimator: Estimator, spans: Sequence[float]) -> float | Non
 @dataclass(frozen=True)
 class StepCost:
     """A typical optimiser step: FLOPs, units and seconds are means over the estimator's cycle, bytes
-    those of its largest step, seconds medians (None unless asked for); ``allocated`` and ``reserved``
-    are what a GPU's allocator would hand out and keep (``cost/allocator.py``)."""
+    those of its largest step, seconds medians (None unless asked for); ``predicted`` are seconds by
+    card, ``allocated`` and ``reserved`` what a GPU's allocator would hand out and keep
+    (``cost/allocator.py``)."""
 
     forward_units: float
     flops: float
@@ -213,6 +228,7 @@ class StepCost:
     weights_bytes: int
     state_bytes: int
     d: int
+    predicted: dict[str, float]
     seconds: float | None = None
     forward_seconds: float | None = None
     allocated: int | None = None
@@ -240,7 +256,10 @@ def measure_step(
     batches = [[batch] * len(estimator.passes(step)) for step in steps]
     counts = [counter(objective, *given) for given in zip(batches, keys, strict=True)]
     objective.theta.grad = objective.buffer
-    optimizer.step()
+    update = Meter(objective.existing())
+    update.work = {}
+    with update:
+        optimizer.step()
     seconds: tuple[float | None, float | None] = (None, None)
     if timed:
         device = objective.theta.device
@@ -266,11 +285,20 @@ def measure_step(
         weights_bytes=resident["weights"],
         state_bytes=sum(resident.values()) - resident["weights"],
         d=objective.d,
+        predicted=predicted(*((1 / len(counts), c.work) for c in counts), (1, update.work)),
         seconds=seconds[0],
         forward_seconds=seconds[1],
         allocated=allocated,
         reserved=reserved,
     )
+
+
+def predicted(*works: tuple[float, Work]) -> dict[str, float]:
+    """Seconds of a step by card; each work with how often a step does it."""
+    return {
+        name: sum(times * card.seconds(work) for times, work in works)
+        for name, card in CARDS.items()
+    }
 
 
 def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
