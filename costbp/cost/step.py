@@ -19,6 +19,7 @@ import torch
 from costbp.cost.categories import Categories
 from costbp.device import synchronise
 from costbp.estimators.base import Estimator
+from costbp.estimators.update import decide, made
 from costbp.meter import Meter
 from costbp.objective import Batch, Key, Objective
 
@@ -66,7 +67,7 @@ def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Ke
         raise ValueError("the forward pass runs no matrix product: forward units are undefined")
     step = Meter([*objective.existing(), *batch.values()])
     with Categories(step, objective), step:
-        estimator.estimate(objective, [batch], key)
+        made(estimator, objective, [batch], key)
     return Count(step.flops, forward.flops, step.peak, step.at_peak())
 
 
@@ -82,7 +83,7 @@ def resident_bytes(
     return {
         "weights": sum(t.untyped_storage().nbytes() for t in frozen.values()),
         "adapters": objective.theta.nbytes,
-        "gradients": objective.buffer.nbytes,
+        "gradients": 0 if objective.sparing else objective.buffer.nbytes,
         "optimiser state": estimator_state
         + sum(t.nbytes for t in moments if isinstance(t, torch.Tensor)),
     }
@@ -190,12 +191,14 @@ def measure_step(
     Args:
         timed: run every kind of step of the estimator's cycle, too, and take its time.
     """
+    decide(objective, estimator, optimizer)
     counter, steps = CostCounter(estimator), range(1, estimator.cycle + 1)
     keys = [Key(0, step) for step in steps]
     batches = [[batch] * len(estimator.passes(step)) for step in steps]
     counts = [counter(objective, *given) for given in zip(batches, keys, strict=True)]
-    objective.theta.grad = objective.buffer
-    optimizer.step()
+    if not objective.sparing:
+        objective.theta.grad = objective.buffer
+        optimizer.step()
     seconds: tuple[float | None, float | None] = (None, None)
     if timed:
         device = objective.theta.device
@@ -203,7 +206,7 @@ def measure_step(
         spent: dict[int, float] = {}  # by FLOPs: steps that count the same take the same time
         for count, given, key in zip(counts, batches, keys, strict=True):
             if count.flops not in spent:
-                once = partial(estimator.estimate, objective, given, key)
+                once = partial(made, estimator, objective, given, key)
                 spent[count.flops] = median_seconds(once, device)
         forward = median_seconds(partial(forward_only, objective, batch), device)
         seconds = statistics.mean(spent[count.flops] for count in counts), forward

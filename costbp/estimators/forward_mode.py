@@ -25,6 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from costbp.console import say
 from costbp.errors import UserError
+from costbp.estimators.directions import Directions
+from costbp.estimators.parameter_tangents import derivatives_by_piece
 from costbp.estimators.precision import HALF
 from costbp.objective import Batch, Objective, at_work
 
@@ -122,9 +124,10 @@ def _linear_tangent(
 
 
 def directional_derivatives(
-    objective: Objective, batch: Batch, tangents: Tensor
+    objective: Objective, batch: Batch, tangents: Tensor | Directions
 ) -> tuple[Tensor, Tensor]:
-    """Loss [] and derivatives [K] at theta along ``tangents`` [K, d].
+    """Loss [] and derivatives [K] at theta along ``tangents`` [K, d], or along directions that are drawn
+    for one operator at a time.
 
     One direction is a plain jvp; more are batched over a primal that is computed once. No graph
     is built. Dropout draws one mask, shared by primal and all tangents.
@@ -134,13 +137,12 @@ def directional_derivatives(
             refused beforehand, since their tangent would silently be zero.
     """
     _refuse_quantised(objective.module)
-
-    single = len(tangents) == 1
-
     try:
         # the fused attention kernel has no forward rule
         with torch.no_grad(), floor_rules(), sdpa_kernel(SDPBackend.MATH):
-            if single:
+            if isinstance(tangents, Directions):
+                return derivatives_by_piece(objective, batch, tangents)
+            if len(tangents) == 1:
                 return _derivative(objective, batch, tangents[0])
             return _derivatives(objective, batch, tangents)
     except (NotImplementedError, RuntimeError) as error:

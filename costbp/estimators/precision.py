@@ -9,6 +9,7 @@ as the product takes; activations are float32 throughout.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from costbp.estimators.base import Difference
 
@@ -42,7 +44,11 @@ def float32_products() -> Iterator[None]:
 
 
 def _widened(function: Any) -> Any:
+    @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if has_torch_function(tensors):  # a mode looks at parameters as they are held
+            return handle_torch_function(run, tensors, *args, **kwargs)
         return function(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()})
 
     return run
