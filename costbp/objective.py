@@ -63,7 +63,8 @@ class Key:
         return torch.Generator(device).manual_seed(self.number)
 
 
-PIECE = 2**22  # numbers of a parameter, or one row, that are drawn, moved and stepped at once
+PIECE = 2**22  # numbers of a parameter that are drawn, moved and stepped at once: at least so many,
+SHARE = 2**9  # or this part of all; a piece in float32 and in half precision is 0.6 % of theta then
 
 
 class Piece(NamedTuple):
@@ -87,11 +88,11 @@ class Piece(NamedTuple):
         return int(self.entries.stop - self.entries.start)
 
 
-def _pieces(name: str, place: int, start: int, shape: torch.Size) -> list[Piece]:
+def _pieces(name: str, place: int, start: int, shape: torch.Size, most: int) -> list[Piece]:
     rows, width = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-    if rows * width <= PIECE:
+    if rows * width <= most:
         return [Piece(name, (place,), slice(start, start + rows * width), slice(0, rows))]
-    ends = [*range(0, rows, max(1, PIECE // width)), rows]
+    ends = [*range(0, rows, max(1, most // width)), rows]
     return [
         Piece(name, (place, i), slice(start + a * width, start + b * width), slice(a, b))
         for i, (a, b) in enumerate(pairwise(ends))
@@ -156,11 +157,11 @@ class Objective:
         self._buffer: Tensor | None = None
         self.slices: dict[str, tuple[int, int, torch.Size]] = {}
         self.pieces: dict[str, list[Piece]] = {}
-        start = 0
+        start, most = 0, max(PIECE, self.d // SHARE)
         for place, (name, parameter) in enumerate(named):
             stop = start + parameter.numel()
             self.slices[name] = (start, stop, parameter.shape)
-            self.pieces[name] = _pieces(name, place, start, parameter.shape)
+            self.pieces[name] = _pieces(name, place, start, parameter.shape, most)
             parameter.data = self.theta[start:stop].view(parameter.shape)
             start = stop
         self._trained = [parameter for _, parameter in named]

@@ -60,7 +60,8 @@ def _given(objective: Objective, tangent: Callable[[Piece], Tensor]) -> Iterator
     """Within the block trainable parameters have tangents in each operator."""
 
     def dual(piece: Piece, value: Tensor) -> Tensor:
-        return fwad.make_dual(value.detach(), tangent(piece).view(value.shape))
+        # a copy, since a view's tangent gets a storage as long as the view's, which is all of theta
+        return fwad.make_dual(value.clone(), tangent(piece).view(value.shape))
 
     with contextlib.ExitStack() as stack:
         for owner, name in RULES:

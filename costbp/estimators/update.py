@@ -9,7 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from costbp.estimators.base import Estimate, Estimator, wide_dtype
-from costbp.objective import Batch, Key, Objective
+from costbp.objective import PIECE, Batch, Key, Objective
+
+BLOCK = (
+    64  # numbers: what is left of less, CPUs compute apart, and round otherwise in half precision
+)
 
 
 def stateless(optimizer: Optimizer) -> bool:
@@ -30,7 +34,8 @@ def decide(objective: Objective, estimator: Estimator, optimizer: Optimizer) -> 
 
 def update(objective: Objective, optimizer: Optimizer, estimate: Estimate) -> Tensor:
     """A step of an optimiser of the one parameter ``objective.theta``; returns the estimate's
-    figures. By piece theta gets the bits that it gets as a whole."""
+    figures. By piece theta gets the bits that it gets as a whole (from one thread, or a GPU; of several
+    threads each rounds its last block apart)."""
     if not (objective.sparing and stateless(optimizer)):
         objective.theta.grad = estimate.gradient
         optimizer.step()
@@ -55,9 +60,19 @@ def made(estimator: Estimator, objective: Objective, batches: Sequence[Batch], k
 
 
 def _parts(objective: Objective, estimate: Estimate) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of theta, each with its share of the gradient."""
-    if objective.sparing and not isinstance(estimate.made, Tensor):
-        for piece, gradient in estimate.made.by_piece():
-            yield objective.theta[piece.entries], gradient
-    else:
-        yield objective.theta, estimate.gradient
+    """Parts of theta, each with its share of the gradient: all of it or, where none is to be, pieces
+    put together to about ``PIECE`` numbers, in whole blocks."""
+    theta = objective.theta
+    if not objective.sparing or isinstance(estimate.made, Tensor):
+        yield theta, estimate.gradient
+        return
+    start, held = 0, []
+    for piece, gradient in estimate.made.by_piece():
+        held.append(gradient)
+        stop = piece.entries.stop
+        if stop - start < PIECE and stop < objective.d:
+            continue
+        run = torch.cat(held)
+        stop -= (stop - start) % BLOCK if stop < objective.d else 0
+        yield theta[start:stop], run[: stop - start]
+        held, start = [run[stop - start :].clone()], stop
