@@ -81,7 +81,7 @@ def family_objective(
     train: Train = "lora",
     rank: int = 1,
     dropout: float = 0.0,
-    attention: str = "eager",
+    attention: Literal["sdpa", "eager"] = "sdpa",
     seed: int = 0,
     **sizes: Any,
 ) -> Objective:
@@ -91,7 +91,7 @@ def family_objective(
         train: adapters on the queries and values (and a classifier's head), the head alone, or
             every parameter. Adapters start away from zero, so that each has a gradient.
         dropout: of the adapters.
-        attention: ``eager``, or ``sdpa`` for the fused kernel.
+        attention: ``sdpa``, fused, or ``eager``.
         sizes: of ``family_source``.
     """
     targets = ("query", "value") if family in CLASSIFIERS else ("q_proj", "v_proj")
@@ -101,8 +101,8 @@ def family_objective(
         "full": FullTraining(kind="full"),
     }
     torch.manual_seed(seed)
-    source = family_source(family, **sizes)
-    return build_from_config(source, kinds[train], attention=attention, adapters_at_zero=False)
+    source = family_source(family, **sizes).model_copy(update={"attention": attention})
+    return build_from_config(source, kinds[train], adapters_at_zero=False)
 
 
 def family_batch(

@@ -24,6 +24,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 TEMPORARY = "temporary"
+aten = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {  # torch knows no formula of the CPU's fused attention
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 @dataclass(slots=True)
@@ -59,8 +69,10 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         flops: of matrix products, convolutions and attention kernels that torch has a formula
-            for (a product of m x k and k x n counts 2 m k n); elementwise work is not counted,
-            and neither is the fused CPU attention kernel.
+            for (a product of m x k and k x n counts 2 m k n), and of the CPU's fused attention;
+            elementwise work is not counted. Fused attention counts two products forward, as the
+            unfused form does, and five backward: its scores are computed again. What a causal
+            mask would spare is counted.
         live: bytes alive now.
         peak: largest value of ``live`` so far.
         classify: what the storage of a new tensor is for; ``mark`` may say so later.
@@ -91,7 +103,7 @@ class Meter(TorchDispatchMode):
         times = math.prod(_TIMES[self._depth :])
         if not times:
             return result
-        formula = flop_registry.get(func.overloadpacket)
+        formula = FLOPS.get(func.overloadpacket)
         if formula is not None:
             self.flops += times * formula(*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
@@ -130,6 +142,11 @@ class Meter(TorchDispatchMode):
         for entry in self._alive.values():
             if entry.category == TEMPORARY:
                 entry.category = category
+
+    @property
+    def lives(self) -> list[tuple[int, int, int | None]]:
+        """Of each storage its bytes and the numbers of the allocations at which it came and went."""
+        return [(entry.size, entry.born, entry.died) for entry in self._all]
 
     def at_peak(self) -> dict[str, int]:
         """Bytes by category at the moment of the peak; they add up to ``peak``."""

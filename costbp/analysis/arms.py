@@ -327,7 +327,7 @@ def depth(method: MethodEntry, shares: Shares = RULE_OF_THUMB) -> float | None:
     if isinstance(spec, BackpropSpec | PythonSpec):
         return spec.closed_form(shares)
     if isinstance(spec, LocalGuessSpec):
-        own = 2.0 + 1.0 + shares.live
+        own = 1.0 + shares.backward + 1.0 + shares.live
     elif isinstance(spec, ProjectedSpec) and isinstance(spec.oracle, ExactOracle):
         own = 1.0 + shares.live
     every = getattr(getattr(spec, "directions", None), "every", None)

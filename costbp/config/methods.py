@@ -57,7 +57,7 @@ class BackpropSpec(Strict):
     def closed_form(self, shares: Shares) -> float:
         """Forward, backward, and what the plan computes again."""
         again = self.plan in ("per_block", "byte_budget")
-        return 1 + shares.live + (shares.recomputed if again else 0.0)
+        return 1 + shares.backward + (shares.recomputed if again else 0.0)
 
     def build(self) -> Estimator:
         from costbp.estimators.backprop import Backprop
@@ -155,7 +155,7 @@ class LocalGuessSpec(Strict):
 
     def closed_form(self, shares: Shares) -> float:
         """The guesses by backpropagation, and a derivative along each block's."""
-        return 2.0 + self.oracle.closed_form(shares.blocks + 1, shares)
+        return 1.0 + shares.backward + self.oracle.closed_form(shares.blocks + 1, shares)
 
     def build(self) -> Estimator:
         from costbp.estimators.guess import LocalGuess

@@ -13,13 +13,15 @@ class Shares:
     factor that depends on a trained parameter, and what a plan recomputes is a whole forward pass.
 
     Attributes:
-        live: one tangent, or the backward pass: products with live factors.
+        live: one tangent: products with live factors.
+        backward: the backward pass: the same, where attention isn't fused.
         recomputed: what recomputing every block but the last computes a second time.
         tensors: trainable tensors, whose groups calibration probes.
         blocks: repeated blocks, for locally guessed directions.
     """
 
     live: float = 1.0
+    backward: float = 1.0
     recomputed: float = 1.0
     tensors: int = 0
     blocks: int = 1

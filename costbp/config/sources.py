@@ -63,6 +63,11 @@ class Source(Strict):
         "GPTQ checkpoint stores them.",
     )
     group: int = Field(128, ge=2, description="Weights that share a scale, where packed.")
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa",
+        description="`sdpa`: fused, in memory that grows with the length; `eager`: keeps the scores of "
+        "every pair of tokens.",
+    )
     image_side: int = Field(280, ge=8, description="Images are shrunk to as many pixels squared.")
     chat: bool = Field(False, description="Prompts go through the tokenizer's chat template.")
 

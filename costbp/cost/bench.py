@@ -12,9 +12,11 @@ import torch
 
 from costbp.config.catalog import LoraTraining, ModelEntry
 from costbp.config.methods import MethodEntry
+from costbp.config.profiles import Profile
 from costbp.config.read import validate
 from costbp.config.shares import Shares
 from costbp.config.sources import ConfigSource
+from costbp.cost.loops import Part, loop_step
 from costbp.cost.products import SIZES, products, shares
 from costbp.cost.record import CostRecord
 from costbp.cost.step import measure_step
@@ -27,6 +29,7 @@ from costbp.estimators.update import made
 from costbp.models.architecture import longest, sample_batch, transformers_config
 from costbp.models.build import build_from_config
 from costbp.models.packed import PackedLinear
+from costbp.models.profiled import build_profiled
 from costbp.objective import Batch, Key, at_work
 
 DEVICES = ("meta", "cpu", "cuda")
@@ -69,13 +72,20 @@ class Bench:
         device: ``meta`` counts without weights; ``cpu`` and ``cuda`` run with random ones.
         classes: of a classifier.
         name: what records call it; by default its label.
+        profile: whose training loop is traced; none: this package's.
 
     Raises:
-        UserError: no ``config`` source; an unknown device, or CUDA asked for and absent.
+        UserError: no ``config`` source; an unknown device, or CUDA asked for and absent; a profile that
+            the model, or a device with numbers, can't have.
     """
 
     def __init__(
-        self, entry: ModelEntry, device: str = "meta", classes: int = CLASSES, name: str = ""
+        self,
+        entry: ModelEntry,
+        device: str = "meta",
+        classes: int = CLASSES,
+        name: str = "",
+        profile: Profile | None = None,
     ) -> None:
         if not isinstance(entry.source, ConfigSource):
             raise UserError(
@@ -88,9 +98,15 @@ class Bench:
             raise UserError("--device cuda: no CUDA device here; --device meta needs none")
         self.entry, self.device, self.classes, self.form = entry, device, classes, entry.source.form
         self.name = name or entry.label
+        self.profile = None if profile is None or profile.loop == "ours" else profile
+        if self.profile is not None and device != "meta":
+            raise UserError(f"--profile is traced without weights: --device meta, not {device}")
         self.config = transformers_config(entry.source.config, classes)
         with self.on_device():
-            self.objective = build_from_config(entry.source, entry.train, classes)
+            if self.profile is not None:
+                self.objective = build_profiled(entry, self.profile, classes)
+            else:
+                self.objective = build_from_config(entry.source, entry.train, classes)
         self.blocks = len(blocks(self.objective.module))
 
     @property
@@ -132,7 +148,8 @@ class Bench:
     def sample(self, batch: int, length: int) -> Batch:
         """A random batch of that many examples and tokens."""
         with self.on_device():
-            data = sample_batch(self.config, self.form, batch, length, self.classes)
+            padding = self.profile is None or self.profile.padding
+            data = sample_batch(self.config, self.form, batch, length, self.classes, padding)
         return data if self.device == "meta" else to_device(data, torch.device(self.device))
 
     def cost(
@@ -144,6 +161,7 @@ class Bench:
         *,
         timed: bool = True,
         task: str | None = None,
+        part: Part = "step",
     ) -> CostRecord:
         """A step of one method; its seconds are None on meta. On CUDA the record also holds what
         torch's allocator says of the step.
@@ -153,15 +171,19 @@ class Bench:
         """
         data = self.sample(batch, length)
         objective, estimator = self.objective, method.build()
-        optimizer = method.optimizer.build(objective.theta)
         timed = timed and self.device != "meta"
         with self.tracing():
-            found = measure_step(objective, estimator, optimizer, data, timed=timed)
+            if self.profile is not None:
+                found = loop_step(objective, method, data, self.profile, part)
+            else:
+                optimizer = method.optimizer.build(objective.theta)
+                found = measure_step(objective, estimator, optimizer, data, timed=timed)
             allocated = self._allocated(estimator, data) if timed else {}
         return CostRecord(
             model=self.name,
             task=task,
             method=name,
+            profile=self.profile.label if self.profile else None,
             device=self.device,
             batch=batch,
             seq=length,

@@ -2,7 +2,9 @@
 
 Each product has as many *live* factors as depend on a trained parameter. A live factor costs one more
 product of the same size in the backward pass (its gradient), and one per direction in forward mode
-(its tangent). So backpropagation and forward mode with one direction cost the same, exactly.
+(its tangent). So backpropagation and forward mode with one direction cost the same, exactly, but for
+fused attention, whose backward pass takes five products for two, whichever factors are live: it
+computes the scores again and every gradient (Dao 2023, arXiv 2307.08691, algorithm 2).
 """
 
 from __future__ import annotations
@@ -29,12 +31,19 @@ class Product:
         block: number of the block it belongs to; None outside of blocks.
         last: the block's last product, whose result nothing in the block's backward pass needs, so
             that recomputing the block stops before it.
+        fused: one of the two of fused attention.
     """
 
     flops: float
     live: int
     block: int | None = None
     last: bool = False
+    fused: bool = False
+
+    @property
+    def backward(self) -> float:
+        """FLOPs of the backward pass."""
+        return self.flops * (2.5 * bool(self.live) if self.fused else self.live)
 
 
 def shares(found: Sequence[Product], tensors: int = 1) -> Shares:
@@ -43,7 +52,9 @@ def shares(found: Sequence[Product], tensors: int = 1) -> Shares:
     blocks = 1 + max((p.block for p in found if p.block is not None), default=0)
     again = (p for p in found if p.block is not None and p.block < blocks - 1 and not p.last)
     live = sum(product.flops * product.live for product in found)
-    return Shares(live / total, sum(p.flops for p in again) / total, tensors, blocks)
+    backward = sum(product.backward for product in found)
+    recomputed = sum(p.flops for p in again)
+    return Shares(live / total, backward / total, recomputed / total, tensors, blocks)
 
 
 @dataclass(frozen=True)
@@ -85,18 +96,25 @@ def _products(
     text = config.get("text_config", config)
     sizes = SIZES[config["model_type"]](text)
     full = isinstance(train, FullTraining)
-    found = list(_vision(config, batch, grid, full)) if grid else []
+    fused = source.attention == "sdpa"
+    found = list(_vision(config, batch, grid, full, fused)) if grid else []
     tokens = batch * length
     live_input = full
     first = config["vision_config"]["depth"] if grid else 0  # the image tower's blocks come first
     for block in range(first, first + sizes.blocks):
-        found += _block(sizes, train, block, tokens, length, live_input)
+        found += _block(sizes, train, block, tokens, length, live_input, fused)
         live_input = not isinstance(train, HeadTraining)
     return found + _head(source, train, sizes, batch, tokens, classes, live_input)
 
 
 def _block(
-    sizes: _Sizes, train: Training, block: int, tokens: int, length: int, live_input: bool
+    sizes: _Sizes,
+    train: Training,
+    block: int,
+    tokens: int,
+    length: int,
+    live_input: bool,
+    fused: bool,
 ) -> list[Product]:
     hidden, found = sizes.hidden, []
     adapted = set(train.targets) if isinstance(train, LoraTraining) else set()
@@ -117,8 +135,8 @@ def _block(
         live[role] = linear(role, hidden, width, given)
     scores = 2.0 * tokens * length * hidden
     mixed = int(bool(live["query"] or live["key"]))
-    found.append(Product(scores, live["query"] + live["key"], block))
-    found.append(Product(scores, mixed + live["value"], block))
+    found.append(Product(scores, live["query"] + live["key"], block, fused=fused))
+    found.append(Product(scores, mixed + live["value"], block, fused=fused))
     after = linear("output", hidden, hidden, int(bool(mixed or live["value"])))
     after = int(bool(after or given))
     for place, (wide, tall) in enumerate(sizes.inner):
@@ -152,7 +170,9 @@ def _head(
     return [Product(2.0 * tokens * hidden * classes, given + 1)]  # scores every token
 
 
-def _vision(config: dict[str, Any], batch: int, grid: int, full: bool) -> Sequence[Product]:
+def _vision(
+    config: dict[str, Any], batch: int, grid: int, full: bool, fused: bool
+) -> Sequence[Product]:
     """Qwen2-VL's image tower: patches attend within their image."""
     vision = config["vision_config"]
     width, live, patches = vision["embed_dim"], int(full), batch * grid * grid
@@ -165,7 +185,7 @@ def _vision(config: dict[str, Any], batch: int, grid: int, full: bool) -> Sequen
         per_patch = 2.0 * patches * width
         found += [
             Product(per_patch * 4 * width, 2 * live, number),
-            Product(per_patch * 2 * grid * grid, 2 * live, number),
+            Product(per_patch * 2 * grid * grid, 2 * live, number, fused=fused),
             Product(per_patch * inner, 2 * live, number),
             Product(per_patch * inner, 2 * live, number, last=True),
         ]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from costbp.cost.allocator import Life, replayed
 from costbp.cost.categories import Categories
 from costbp.device import synchronise
 from costbp.estimators.base import Estimator
@@ -36,12 +37,14 @@ class Count:
         peak_bytes: largest number of bytes alive at once beyond parameters, gradient buffer,
             optimiser state and batch.
         at_peak: those bytes by category (``cost/categories.py``).
+        lives: of all storages, for ``cost/allocator.py``.
     """
 
     flops: int
     forward_flops: float
     peak_bytes: int
     at_peak: Mapping[str, int] = field(default_factory=dict)
+    lives: Sequence[Life] = ()
 
     @property
     def units(self) -> float:
@@ -68,7 +71,7 @@ def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Ke
     step = Meter([*objective.existing(), *batch.values()])
     with Categories(step, objective), step:
         made(estimator, objective, [batch], key)
-    return Count(step.flops, forward.flops, step.peak, step.at_peak())
+    return Count(step.flops, forward.flops, step.peak, step.at_peak(), step.lives)
 
 
 def resident_bytes(
@@ -128,6 +131,7 @@ class CostCounter:
             flops=flops,
             forward_flops=statistics.mean(cost.forward_flops for cost in costs),
             peak_bytes=largest.peak_bytes + held,
+            lives=largest.lives,
             at_peak={**largest.at_peak, **({"gradients": held} if held else {})},
         )
 
@@ -163,7 +167,8 @@ def typical_seconds(estimator: Estimator, spans: Sequence[float]) -> float | Non
 @dataclass(frozen=True)
 class StepCost:
     """A typical optimiser step: FLOPs, units and seconds are means over the estimator's cycle, bytes
-    those of its largest step, seconds medians (None unless asked for)."""
+    those of its largest step, seconds medians (None unless asked for); ``allocated`` and ``reserved``
+    are what a GPU's allocator would hand out and keep (``cost/allocator.py``)."""
 
     forward_units: float
     flops: float
@@ -173,8 +178,10 @@ class StepCost:
     weights_bytes: int
     state_bytes: int
     d: int
-    seconds: float | None
-    forward_seconds: float | None
+    seconds: float | None = None
+    forward_seconds: float | None = None
+    allocated: int | None = None
+    reserved: int | None = None
 
 
 def measure_step(
@@ -213,6 +220,7 @@ def measure_step(
     resident = resident_bytes(objective, optimizer, counter.state_bytes)
     largest = max(counts, key=lambda count: count.peak_bytes)
     names = dict.fromkeys((*resident, *largest.at_peak))
+    allocated, reserved = replayed(resident.values(), largest.lives)
     return StepCost(
         forward_units=statistics.mean(count.units for count in counts),
         flops=statistics.mean(count.flops for count in counts),
@@ -224,6 +232,8 @@ def measure_step(
         d=objective.d,
         seconds=seconds[0],
         forward_seconds=seconds[1],
+        allocated=allocated,
+        reserved=reserved,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 from unittest import mock
@@ -30,6 +31,7 @@ UNKNOWN = {  # operators whose result's shape or value is decided by numbers
     aten._unique2.default,
     aten.unique_consecutive.default,
 }
+WIDE = 2**24  # numbers of a mask, length x length, beyond which a trace only remembers its shape
 IMPURE = UNKNOWN | {aten._local_scalar_dense.default, aten.index.Tensor, aten._to_copy.default}
 PACKED = torch.uint8  # quantised weights, which are as absent as others
 
@@ -50,7 +52,14 @@ def weightless() -> Iterator[None]:
         MissingNumbersError: an operator's result depends on numbers that aren't there.
     """
     # a mode would not see blocks that the backward pass computes again
-    with mock.patch.object(F, "dropout", _as_on_cuda), META, _Numbers(), _Placement():
+    attention = functools.partial(_fused, F.scaled_dot_product_attention)
+    with (
+        mock.patch.object(F, "dropout", _as_on_cuda),
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        META,
+        _Numbers(),
+        _Placement(),
+    ):
         yield
 
 
@@ -71,6 +80,42 @@ def _as_on_cuda(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     if not training or p == 0:
         return x
     return torch.native_dropout(x, p, True)[0]
+
+
+def _fused(
+    stock: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention by the operator that torch takes on CUDA, which keeps what that one keeps; meta's own
+    choice is the unfused form. Flash wants no mask and half precision; the memory-efficient one wants
+    as many keys' heads as queries', and keeps a copy of the mask in the queries' dtype."""
+    wanted = [query, key, value] + ([] if attn_mask is None else [attn_mask])
+    graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    allowed = torch.backends.cuda.flash_sdp_enabled()  # False within ``sdpa_kernel(MATH)``
+    equal = query.shape[-1] == value.shape[-1] and key.shape[1] == value.shape[1]
+    if allowed and half and attn_mask is None and equal and query.shape[-1] <= 256:
+        flash = aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    one_head_each = query.shape[1] == key.shape[1] == value.shape[1]
+    if allowed and one_head_each and query.dtype != torch.float64:
+        if attn_mask is not None:
+            attn_mask = attn_mask.to(META)
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        efficient = aten._scaled_dot_product_efficient_attention
+        options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        return efficient(query, key, value, attn_mask, graph, **options)[0]
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    return stock(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
 
 def _number(tensor: Tensor) -> float | int | bool:
@@ -104,7 +149,7 @@ class _Placement(TorchDispatchMode):
                 kwargs["device"] = CPU
             else:
                 kwargs |= {"generator": None} if "generator" in kwargs else {}  # meta draws nothing
-        elif len(devices) > 1:
+        elif len(devices) > 1 or _is_outer(func, tensors):
             if func is aten.copy_.default and args[0].device == CPU:
                 return args[0]
             args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
@@ -150,6 +195,14 @@ def _is_pure(func: Any) -> bool:
     schema = func._schema
     aliases = any(value.alias_info is not None for value in (*schema.arguments, *schema.returns))
     return not aliases and len(schema.returns) == 1 and func not in IMPURE
+
+
+def _is_outer(func: Any, tensors: list[Tensor]) -> bool:
+    """Whether an operator on small tensors makes a wide one, as a mask's of all pairs of places."""
+    if torch.Tag.pointwise not in func.tags or not tensors or not _is_pure(func):
+        return False
+    wide = math.prod(torch.broadcast_shapes(*(x.shape for x in tensors)))
+    return wide > WIDE
 
 
 def _moved(tensor: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -58,7 +58,7 @@ def build_model(
     if model.reads == "states":
         base, train = without_prefix(base, train)
     head = LabelWords(words) if words is not None and model.head == "label_words" else None
-    return _finished(base, form, train, classes, head=head).train().to(device)
+    return finished(base, form, train, classes, head=head).train().to(device)
 
 
 def _of_a_file(
@@ -85,7 +85,6 @@ def build_from_config(
     train: Training,
     classes: int = 4,
     *,
-    attention: str = "eager",
     adapters_at_zero: bool = True,
 ) -> Objective:
     """The objective of a configuration's model, in training mode, all of it random, made on the
@@ -93,16 +92,15 @@ def build_from_config(
 
     Args:
         classes: of a classifier.
-        attention: ``eager``, or ``sdpa`` for the fused kernel, which is not counted on a CPU.
         adapters_at_zero: start LoRA's second factor at zero, as in training.
     """
     config = transformers_config(source.config, classes)
     if source.form == "classifier" and config.pad_token_id is None:
         config.pad_token_id = 0  # a decoder's classifier reads the last token before padding
-    base = randomly_drawn(source, config, attention)
+    base = randomly_drawn(source, config)
     if source.bits is not None:  # whatever the packing: all take about as many bytes
         replace_packed(base, partial(QuantisedLinear, group=source.group))
-    made = _finished(base, source.form, train, classes, adapters_at_zero)
+    made = finished(base, source.form, train, classes, adapters_at_zero)
     if source.loss_chunk is not None and isinstance(made, Transformer) and made.vocabulary:
         whole: Any = made.model
         if isinstance(train, LoraTraining):
@@ -112,7 +110,7 @@ def build_from_config(
     return Objective(made.train(), cross_entropy)
 
 
-def _finished(
+def finished(
     base: Any,
     form: Form,
     train: Training,

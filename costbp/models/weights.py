@@ -145,8 +145,7 @@ def _unpacked(folder: Path, file: str) -> Path:
 def load_base(
     model: ModelEntry, assets: Path, classes: int = 0, device: torch.device | str = "cpu"
 ) -> Any:
-    """The base model in its form, packed to four bits if its entry says so; with eager attention,
-    since the fused kernel has no forward-mode rule and is not seen by the FLOP counter.
+    """The base model in its form, packed to four bits if its entry says so.
 
     Args:
         classes: of the form ``classifier``, whose head is drawn at random.
@@ -169,12 +168,12 @@ def load_base(
     return base.to(device)
 
 
-def randomly_drawn(source: Source, config: Any, attention: str = "eager") -> Any:
+def randomly_drawn(source: Source, config: Any) -> Any:
     """A transformers model of a configuration, drawn from torch's current seed, on the default
     device, not packed."""
     with with_transformers():
         try:
-            return _kind(source).from_config(config, **_options(source, attention))
+            return _kind(source).from_config(config, **_options(source))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"source.config of a '{config.model_type}' model: {type(error).__name__}: "
@@ -227,8 +226,8 @@ def _kind(source: Source) -> Any:
     return getattr(transformers, CLASSES[source.form])
 
 
-def _options(source: Source, attention: str = "eager") -> dict[str, Any]:
-    return {"attn_implementation": attention, "dtype": getattr(torch, source.dtype)}
+def _options(source: Source) -> dict[str, Any]:
+    return {"attn_implementation": source.attention, "dtype": getattr(torch, source.dtype)}
 
 
 # weights are safetensors, or a state dict that holds tensors and nothing else
