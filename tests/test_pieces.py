@@ -299,7 +299,7 @@ def test_zeroth_order_in_full_takes_what_inference_takes(plan, tied):
     assert inference <= bytes_of(zo) < 1.02 * inference
     assert zo.peak_by_category["gradients"] == 0 and zo.forward_units == pytest.approx(2)
     exact = bench.cost("fmad", methods["fmad_vanilla"], 1, 400)
-    assert bytes_of(exact) < 1.05 * inference and exact.forward_units == pytest.approx(3, 1e-2)
+    assert bytes_of(exact) < 1.1 * inference and exact.forward_units == pytest.approx(3, 1e-2)
     adam = bench.cost("adam", methods["zo_adam"], 1, 400)
     size = objective.theta.nbytes
     assert bytes_of(adam) - bytes_of(zo) == pytest.approx(3 * size, rel=0.01)  # gradient, moments

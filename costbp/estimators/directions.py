@@ -92,7 +92,7 @@ class Combination:
         """In the objective's buffer, [d]."""
         buffer = self.directions.objective.buffer
         if self._kept:
-            return buffer.copy_(self._sum(slice(None)))
+            return buffer.copy_(self._sum())
         for piece, gradient in self.by_piece():
             buffer[piece.entries] = gradient
         return buffer
@@ -106,20 +106,21 @@ class Combination:
     def _kept(self) -> bool:
         return self.directions.dual is None and "dense" in vars(self.directions)
 
-    def _sum(self, where: Piece | slice) -> Tensor:
-        total = self._row(0, where) * self.weights[0]
+    def _sum(self, piece: Piece | None = None) -> Tensor:
+        total = self._term(0, piece)
         for k in range(1, len(self.weights)):
-            total.add_(self._row(k, where) * self.weights[k])
+            total.add_(self._term(k, piece))
         return total
 
-    def _row(self, k: int, where: Piece | slice) -> Tensor:
-        """As it was used for the derivative."""
-        drawn = self.directions
-        if isinstance(where, slice) or self._kept:
-            return wide(drawn.dense[k, where if isinstance(where, slice) else where.entries])
+    def _term(self, k: int, piece: Piece | None) -> Tensor:
+        """Of a direction as it was used for the derivative."""
+        drawn, weight = self.directions, self.weights[k]
+        if piece is None or self._kept:
+            return wide(drawn.dense[k, slice(None) if piece is None else piece.entries]) * weight
+        row = (drawn.dual or drawn.part)(k, piece)
         if drawn.dual is None and drawn.rounded:
-            return wide(drawn.part(k, where).to(drawn.objective.theta.dtype))
-        return (drawn.dual or drawn.part)(k, where)
+            row = wide(row.to(drawn.objective.theta.dtype))
+        return row.mul_(weight)
 
 
 class Source(ABC):

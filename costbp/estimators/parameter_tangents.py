@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -13,9 +12,9 @@ import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import jvp, vmap
-from torch.overrides import handle_torch_function, has_torch_function
 
 from costbp.estimators.directions import Directions
+from costbp.estimators.precision import seen
 from costbp.objective import Batch, Objective, Piece
 
 RULES = (
@@ -65,21 +64,7 @@ def _given(objective: Objective, tangent: Callable[[Piece], Tensor]) -> Iterator
 
     with contextlib.ExitStack() as stack:
         for owner, name in RULES:
-            seen = _seen(name, getattr(owner, name))
-            stack.enter_context(mock.patch.object(owner, name, seen))
+            rule = seen(name, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, rule))
         stack.enter_context(objective.replaced(dual))
         yield
-
-
-def _seen(name: str, rule: Any) -> Any:
-    """``rule`` as a function that modes see, by its name."""
-
-    @functools.wraps(rule)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        if has_torch_function(tensors):
-            return handle_torch_function(run, tensors, *args, **kwargs)
-        return rule(*args, **kwargs)
-
-    run.__name__ = name
-    return run

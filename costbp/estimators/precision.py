@@ -9,7 +9,6 @@ as the product takes; activations are float32 throughout.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -36,21 +35,30 @@ def float32_products() -> Iterator[None]:
     their weights' dtype is. Packed layers unpack into their input's dtype, so they follow."""
     with contextlib.ExitStack() as stack:
         embedding = F.embedding
-        found = {name: _widened(getattr(F, name)) for name in WIDENED}
+        found = {name: _widened(name, getattr(F, name)) for name in WIDENED}
         found["embedding"] = lambda *args, **kwargs: _wide(embedding(*args, **kwargs))
         for name, function in found.items():
             stack.enter_context(mock.patch.object(F, name, function))
         yield
 
 
-def _widened(function: Any) -> Any:
-    @functools.wraps(function)
+def _widened(name: str, function: Any) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        if has_torch_function(tensors):  # a mode looks at parameters as they are held
-            return handle_torch_function(run, tensors, *args, **kwargs)
         return function(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()})
 
+    return seen(name, run)  # a mode is to look at parameters as they are held
+
+
+def seen(name: str, rule: Any) -> Any:
+    """A rule of ours in place of an operator, which modes see before it by the operator's name."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if has_torch_function(tensors):
+            return handle_torch_function(run, tensors, *args, **kwargs)
+        return rule(*args, **kwargs)
+
+    run.__name__ = name
     return run
 
 
