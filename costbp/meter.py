@@ -15,9 +15,12 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,11 +49,30 @@ class _Storage:
     category: str
 
 
-_TIMES: list[int] = []  # one entry for each ``counted`` block at work
+@dataclass(frozen=True)
+class Timeline:
+    """The storages of a computation in the order in which they came.
+
+    Attributes:
+        sizes: bytes of each, [n].
+        died: number of the last storage that came while each was there, [n].
+    """
+
+    sizes: NDArray[np.float64]
+    died: NDArray[np.int64]
+
+    @property
+    def peak(self) -> float:
+        """Largest number of bytes that were there at once."""
+        gone = np.bincount(self.died + 1, self.sizes, len(self.sizes) + 1)
+        return float(np.cumsum(self.sizes - gone[:-1]).max(initial=0))
+
+
+_TIMES: list[int | Fraction] = []  # one entry for each ``counted`` block at work
 
 
 @contextlib.contextmanager
-def counted(times: int) -> Iterator[None]:
+def counted(times: int | Fraction) -> Iterator[None]:
     """Within the block enclosing meters count FLOPs ``times`` over, for work that stands for as
     many equal pieces; if 0, nothing, memory neither. Meters begun inside count as ever."""
     _TIMES.append(times)
@@ -60,12 +82,22 @@ def counted(times: int) -> Iterator[None]:
         _TIMES.pop()
 
 
-class Meter(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """A dispatch mode of ours: compiled programs are none of its business, and the wrapper that keeps
+    the compiler out would take a tenth of a trace."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Meter(Mode):
     """Counts FLOPs, and bytes of storages created, within the block.
 
     Args:
         existing: tensors that were there before; views of them cost nothing. If one is on meta,
-            meta tensors count like others.
+            meta tensors count like others; if one is on a GPU, what lies in the host's memory
+            doesn't.
 
     Attributes:
         flops: of matrix products, convolutions and attention kernels that torch has a formula
@@ -85,6 +117,7 @@ class Meter(TorchDispatchMode):
         self.flops = self.live = self.peak = 0
         before = list(existing)
         self._on_meta = any(t.is_meta for t in before)
+        self._on_gpu = any(t.device.type not in ("cpu", "meta") for t in before)
         self._existing = {t.untyped_storage()._cdata for t in before}
         self._alive: dict[int, _Storage] = {}
         self._all: list[_Storage] = []
@@ -100,20 +133,22 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        times = math.prod(_TIMES[self._depth :])
+        times = math.prod(_TIMES[self._depth :]) if _TIMES else 1
         if not times:
             return result
         formula = FLOPS.get(func.overloadpacket)
         if formula is not None:
-            self.flops += times * formula(*args, **kwargs, out_val=result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            self.flops += int(times * formula(*args, **kwargs, out_val=result))
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(tensor, Tensor):
                 self._see(tensor)
         return result
 
     def _see(self, tensor: Tensor) -> None:
         if tensor._is_zerotensor() or (tensor.is_meta and not self._on_meta):
             return  # a shape without memory: an absent tangent, or what torch infers shapes with
+        if self._on_gpu and tensor.device.type == "cpu":
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._existing or key in self._alive:
@@ -143,11 +178,6 @@ class Meter(TorchDispatchMode):
             if entry.category == TEMPORARY:
                 entry.category = category
 
-    @property
-    def lives(self) -> list[tuple[int, int, int | None]]:
-        """Of each storage its bytes and the numbers of the allocations at which it came and went."""
-        return [(entry.size, entry.born, entry.died) for entry in self._all]
-
     def at_peak(self) -> dict[str, int]:
         """Bytes by category at the moment of the peak; they add up to ``peak``."""
         found: dict[str, int] = {}
@@ -155,3 +185,10 @@ class Meter(TorchDispatchMode):
             if entry.born <= self._peak_at and (entry.died is None or entry.died >= self._peak_at):
                 found[entry.category] = found.get(entry.category, 0) + entry.size
         return found
+
+    def timeline(self) -> Timeline:
+        """What came and went, to be computed with."""
+        last = len(self._all) - 1
+        died = [last if entry.died is None else entry.died for entry in self._all]
+        sizes = np.array([entry.size for entry in self._all], np.float64)
+        return Timeline(sizes, np.array(died, np.int64))

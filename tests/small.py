@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.families import family_batch, family_objective
+from costbp.estimators.memory_plans import PLANS
 from costbp.objective import Batch, Objective
 from costbp.train.loop import Run, State, StepEvent
 from tests.conftest import Lift64
 
+ON_CPU = {name: plan for name, plan in PLANS.items() if name != "offload"}  # that has a GPU's sense
 SIZE = {"hidden": 32, "layers": 2, "heads": 2, "vocabulary": 64}  # 16 entries a head, as RoPE needs
 
 

@@ -2,9 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from costbp.cost.allocator import Allocator, replayed
+from costbp.meter import Timeline
 
 MIB = 2**20
 
@@ -75,7 +77,7 @@ def test_nothing_is_handed_out_twice_or_lost() -> None:
 
 
 def test_a_step_is_replayed_with_its_deaths() -> None:
-    lives = [(64 * MIB, 0, 1), (32 * MIB, 1, None), (64 * MIB, 2, 2)]
-    most, reserved = replayed([16 * MIB], lives)
+    sizes = np.array([64.0, 32.0, 64.0]) * MIB
+    most, reserved = replayed([16 * MIB], Timeline(sizes, np.array([1, 2, 2])))
     assert most == (16 + 64 + 32) * MIB  # the third takes the first one's place
     assert reserved == most

@@ -69,6 +69,7 @@ CEILINGS = {  # what stands there -> words of the refusal
         ("catalog/methods.yaml", "fraction: 0.01", "fraction: 0", ["fraction", "greater than 0"]),
         ("catalog/methods.yaml", "period: 25", "period: 0", ["svrg.period", "= 0"]),
         ("catalog/methods.yaml", "plan: per_block", "plan: byte_budget", ["mebibytes"]),
+        ("catalog/methods.yaml", "plan: per_block", "plan: per_block, inputs: 8", ["'inputs' goes with plan 'sub_layer' only"]),
         ("catalog/methods.yaml", "plan: per_block", "plan: per_block, mebibytes: 8", ["mebibytes"]),
         ("catalog/methods.yaml", "oracle: *exact\n    directions: &eight", "oracle: *exact\n    scale: legacy\n    directions: &eight", ["'legacy'", "'exact'"]),
         ("catalog/methods.yaml", "kind: rademacher, count: 8", "kind: rademacher, count: 1", ["'spread'", "count >= 2"]),
@@ -114,7 +115,7 @@ def test_mistakes(workdir, file, old, new, words):
     [
         ("studies/full_size.yaml", "    - opt_13b", "    - opt_13", ["costs.models", "did you mean 'opt_13b'"]),
         ("studies/full_size.yaml", "    - opt_13b", "    - minilm_lora", ["costs.models", "source asset, not config"]),
-        ("studies/full_size.yaml", "[study, bp_selective]", "[study, bp_selectiv]", ["costs.methods", "did you mean 'bp_selective'"]),
+        ("studies/full_size.yaml", "[study, bp_selective,", "[study, bp_selectiv,", ["costs.methods", "did you mean 'bp_selective'"]),
         ("studies/full_size.yaml", "      model: llama_3_1_8b", "      model: lama", ["costs.sweeps.plans.model", "'lama'"]),
         ("studies/full_size.yaml", "values: [2, 4, 8, 16, 32]", "values: [1, 2]", ["costs.sweeps.directions", "'spread' needs directions.count >= 2"]),
         ("studies/full_size.yaml", "[8GB, 16GB", "[8GB, 16XB", ["costs.fits.cards", "with a unit, as 24GB"]),

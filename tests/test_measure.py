@@ -29,6 +29,7 @@ UNITS = {  # products of one linear layer whose input needs no gradient, by step
     "bp_vanilla": {0: 2},
     "bp_checkpointing": {0: 2},  # a lone layer stores nothing but its input
     "bp_selective": {0: 2},
+    "bp_sublayer": {0: 2},
     "bp_byte_budget": {0: 2},
     "bp_accumulate": {0: 4 * 2},
     "fmad_vanilla": {0: 2},

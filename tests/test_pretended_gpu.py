@@ -35,9 +35,10 @@ from costbp.data import encoded
 from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.errors import UserError
-from costbp.estimators import Estimate, calibrated, directions, memory_plans
+from costbp.estimators import Estimate, calibrated, directions, memory_plans, replay
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.memory_plans import PLANS
+from costbp.meter import Meter
 from costbp.models.build import build_model
 from costbp.objective import Batch, Key, Objective
 from costbp.tasks import docstrings
@@ -302,6 +303,19 @@ def test_on_a_second_device_masks_are_drawn_again_as_they_were(monkeypatch):
     fresh = functools.partial(memory_plans.checkpoint, preserve_rng_state=False)
     monkeypatch.setattr(memory_plans, "checkpoint", fresh)
     assert masked("per_block") != wanted
+    monkeypatch.setattr(replay, "set_device_states", lambda *given, **options: None)
+    assert masked("sub_layer") != wanted
+
+
+@apart
+def test_what_is_offloaded_is_not_on_the_device():
+    objective, batch = moved("llama", GPU, layers=6)
+    peaks = {}
+    for plan in ("none", "offload"):
+        with Meter([*objective.existing(), *batch.values()]) as meter:
+            Backprop(PLANS[plan]).estimate(objective, [batch], Key(1, 0))
+        peaks[plan] = meter.peak
+    assert peaks["offload"] < 0.6 * peaks["none"]
 
 
 @apart

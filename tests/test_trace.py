@@ -65,6 +65,7 @@ def test_units_are_those_of_products_counted_by_hand(plan, family, train):
     for name in (
         "bp_vanilla",
         "bp_checkpointing",
+        "bp_sublayer",
         "fmad_multiple",
         "zo_vanilla",
         "fzoo",
@@ -156,7 +157,15 @@ def test_every_method_runs_on_a_packed_base(plan, name):
     entry = small(name, lora(name, dropout=0.1), layers=2, hidden=32)
     entry = overlaid(entry, {"source.bits": 4, "source.group": 16, "source.dtype": "bfloat16"}, "t")
     bench = Bench(entry)
-    for key in ("bp_checkpointing", "fmad_vanilla", "fmad_multiple", "zo_vanilla", "fzoo"):
+    keys = (
+        "bp_checkpointing",
+        "bp_sublayer",
+        "fmad_vanilla",
+        "fmad_multiple",
+        "zo_vanilla",
+        "fzoo",
+    )
+    for key in keys:
         cost = bench.cost(key, plan.catalog.methods[key], 4, 32)
         loose = 0.02 if key.startswith("fmad") else 1e-6
         assert cost.closed_form == pytest.approx(cost.forward_units, rel=loose), key

@@ -34,11 +34,12 @@ class BackpropSpec(Strict):
     """Reverse mode under a memory plan."""
 
     kind: Literal["backprop"]
-    plan: Literal["none", "per_block", "selective", "byte_budget", "offload"] = Field(
+    plan: Literal["none", "per_block", "selective", "byte_budget", "sub_layer", "offload"] = Field(
         "none",
         description="`none` stores every activation; `per_block` recomputes each block but the "
         "last in backward, `selective` all but matrix products; `byte_budget` keeps as many blocks "
-        "as fit; `offload` moves activations to the host.",
+        "as fit; `sub_layer` recomputes half a block at a time; `offload` moves activations from a "
+        "GPU to the host.",
     )
     mebibytes: float | None = Field(
         None,
@@ -47,25 +48,33 @@ class BackpropSpec(Strict):
         "beyond weights, gradient, optimiser state and batch, in MiB. Where a step needs more even "
         "with every block recomputed, the run fails and says how much.",
     )
+    inputs: int | None = Field(
+        None,
+        ge=1,
+        description="Of `sub_layer` only: inputs of blocks that exist at a time; default: as few as "
+        "one more forward pass allows, n for n (n + 1) / 2 blocks.",
+    )
 
     @model_validator(mode="after")
     def _budget(self) -> BackpropSpec:
         if (self.plan == "byte_budget") != (self.mebibytes is not None):
             raise ValueError("'mebibytes' goes with plan 'byte_budget', and only with it")
+        if self.plan != "sub_layer" and self.inputs is not None:
+            raise ValueError("'inputs' goes with plan 'sub_layer' only")
         return self
 
     def closed_form(self, shares: Shares) -> float:
         """Forward, backward, and what the plan computes again."""
-        again = self.plan in ("per_block", "byte_budget")
-        return 1 + shares.backward + (shares.recomputed if again else 0.0)
+        again = dict.fromkeys(("per_block", "byte_budget"), shares.recomputed)
+        again["sub_layer"] = shares.halves + shares.dropped(self.inputs)
+        return 1 + shares.backward + again.get(self.plan, 0.0)
 
     def build(self) -> Estimator:
         from costbp.estimators.backprop import Backprop
-        from costbp.estimators.memory_plans import PLANS, ByteBudget
+        from costbp.estimators.memory_plans import PLANS, ByteBudget, SubLayers
 
-        named = self.mebibytes is None
-        plan: MemoryPlan = PLANS[self.plan] if named else ByteBudget(self.mebibytes or 0.0)
-        return Backprop(plan)
+        plan: MemoryPlan = PLANS.get(self.plan) or ByteBudget(self.mebibytes or 0.0)
+        return Backprop(SubLayers(self.inputs) if self.inputs else plan)
 
 
 # --- estimators --------------------------------------------------------------------------------

@@ -39,6 +39,9 @@ class Profile(Entry):
         "optimiser; `in_place`: parameters moved by expressions, as MeZO's.",
     )
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Fused, or written out.")
+    repeats: bool = Field(
+        False, description="Keys and values are copied for every head of queries that shares them."
+    )
     adapters: Literal["float32", "base"] = Field("float32", description="Dtype of adapters.")
     ties: bool = Field(True, description="False: the head is a weight of its own in any model.")
     padding: bool = Field(True, description="Batches have padding, and attention a mask of it.")
@@ -99,4 +102,12 @@ LOOPS: dict[str, tuple[Family, ...]] = {
     "plain": ("bp",),
     "in_place": ("zo",),
 }
-MODEL = {"attention", "adapters", "ties", "padding", "fused_gelu", "four_bit"}  # not of the loop
+MODEL = {
+    "attention",
+    "repeats",
+    "adapters",
+    "ties",
+    "padding",
+    "fused_gelu",
+    "four_bit",
+}  # not of the loop

@@ -9,8 +9,10 @@ left is large enough (c10/cuda/CUDACachingAllocator.cpp).
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from costbp.meter import Timeline
 
 ROUND = 512
 SMALL, SMALL_SEGMENT = 2**20, 2 * 2**20
@@ -110,25 +112,22 @@ def _segment(size: int) -> int:
     return -(-size // LARGE_ROUND) * LARGE_ROUND
 
 
-Life = tuple[int, int, int | None]  # bytes, numbers of the allocations at which it came and went
-
-
-def replayed(resident: Iterable[int], lives: Sequence[Life]) -> tuple[int, int]:
+def replayed(resident: Iterable[int], timeline: Timeline | None) -> tuple[int, int]:
     """Bytes allocated at most, and reserved, where ``resident`` tensors are made first and a step
-    with ``lives`` is run twice: the second finds the first one's free blocks."""
+    of this timeline is run twice: the second finds the first one's free blocks."""
     allocator = Allocator()
     for size in resident:
         allocator.take(size)
+    if timeline is None:
+        return allocator.most, allocator.reserved
+    sizes, last = timeline.sizes.astype(int).tolist(), len(timeline.sizes) - 1
     going: dict[int, list[int]] = {}
-    for number, (_, _, died) in enumerate(lives):
-        if died is not None:
-            going.setdefault(died, []).append(number)
+    for number, died in enumerate(timeline.died.tolist()):
+        going.setdefault(died, []).append(number)
     for _ in range(2):
         held = {}
-        for number, (size, _, _) in enumerate(lives):
+        for number, size in enumerate(sizes):
             held[number] = allocator.take(size)
-            for gone in going.get(number, ()):
+            for gone in going.get(number, ()) if number < last else list(held):
                 allocator.give(held.pop(gone))
-        for block in held.values():
-            allocator.give(block)
     return allocator.most, allocator.reserved

@@ -19,11 +19,11 @@ from costbp.config.methods import MethodEntry
 from costbp.config.profiles import Profile
 from costbp.cost.allocator import replayed
 from costbp.cost.categories import GRADIENTS, Categories
-from costbp.cost.step import StepCost, forward_only
+from costbp.cost.step import StepCost, forward_only, frozen_bytes
 from costbp.errors import UserError
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.memory_plans import Keeping, MemoryPlan, per_block
-from costbp.meter import Meter
+from costbp.meter import Meter, Timeline
 from costbp.objective import Batch, Objective
 
 BLOCK = 256  # numbers of an 8-bit moment that share a scale (bitsandbytes)
@@ -113,8 +113,8 @@ Part = Literal["step", "forward", "perturb", "update", "weights"]
 
 def loop_step(
     objective: Objective, method: MethodEntry, batch: Batch, profile: Profile, part: Part = "step"
-) -> StepCost:
-    """What a step of the profile's loop takes.
+) -> tuple[StepCost, Timeline]:
+    """What a step of the profile's loop takes, and the storages that come and go in it.
 
     Args:
         part: of a step in place, or ``weights``: what is there before it.
@@ -131,7 +131,7 @@ def loop_step(
     passes, steps, gradients = len(estimator.passes(1)), 1, 0
     states: list[Tensor] = []
     existing = [*objective.existing(), *batch.values()]
-    with _precision(profile) as cached:
+    with _precision(profile) as cached, _repeated(profile):
         with Meter(existing) as forward:
             forward_only(objective, batch)
         if profile.loop == "in_place":
@@ -152,16 +152,16 @@ def loop_step(
                     loop.run([batch] * passes, steps, meter)
             gradients = sum(tensor.nbytes for tensor in kept)
             states += kept
-    trained = objective.theta.untyped_storage()._cdata
-    own = [*objective.module.parameters(), *objective.module.buffers()]
-    stay = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own}
+    frozen = frozen_bytes(objective)
     state = sum(tensor.nbytes for tensor in states)
-    weights = sum(size for key, size in stay.items() if key != trained)
+    weights = sum(frozen)
     resident = {"weights": weights, "adapters": objective.theta.nbytes, GRADIENTS: gradients}
     resident["optimiser state"] = state - gradients
     found = meter.at_peak()
-    allocated, reserved = replayed([*stay.values(), *(t.nbytes for t in states)], meter.lives)
-    return StepCost(
+    timeline = meter.timeline()
+    sizes = [*frozen, objective.theta.nbytes, *(t.nbytes for t in states)]
+    allocated, reserved = replayed(sizes, timeline)
+    cost = StepCost(
         forward_units=meter.flops / steps / forward.flops,
         flops=meter.flops / steps,
         forward_flops=forward.flops,
@@ -173,6 +173,7 @@ def loop_step(
         allocated=allocated,
         reserved=reserved,
     )
+    return cost, timeline
 
 
 @torch.no_grad()
@@ -244,6 +245,22 @@ PRODUCTS: Any = (
     *((torch, "bmm"), (Tensor, "matmul"), (Tensor, "__matmul__")),
 )
 WIDE = ((F, "softmax"), (F, "layer_norm"), (F, "cross_entropy"), (Tensor, "softmax"))
+
+
+@contextlib.contextmanager
+def _repeated(profile: Profile) -> Iterator[None]:
+    """Attention on keys and values that are copied for every head of queries, if the profile says so."""
+    attention = F.scaled_dot_product_attention
+
+    def repeated(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        times = query.shape[1] // key.shape[1]
+        if times > 1:
+            key, value = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
+        return attention(query, key, value, *args, **kwargs)
+
+    patch = mock.patch.object(F, "scaled_dot_product_attention", repeated)
+    with patch if profile.repeats else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

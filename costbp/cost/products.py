@@ -9,6 +9,7 @@ computes the scores again and every gradient (Dao 2023, arXiv 2307.08691, algori
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,14 +30,16 @@ class Product:
         flops: 2 m k n.
         live: how many of its two factors depend on a trained parameter.
         block: number of the block it belongs to; None outside of blocks.
-        last: the block's last product, whose result nothing in the block's backward pass needs, so
-            that recomputing the block stops before it.
+        half: 0 in attention, 1 in the feed-forward part.
+        last: the last product of its half, whose result nothing in this half's backward pass needs, so
+            that recomputing the half stops before it.
         fused: one of the two of fused attention.
     """
 
     flops: float
     live: int
     block: int | None = None
+    half: int = 1
     last: bool = False
     fused: bool = False
 
@@ -49,24 +52,43 @@ class Product:
 def shares(found: Sequence[Product], tensors: int = 1) -> Shares:
     """What closed forms know of a model whose products are ``found``."""
     total = sum(product.flops for product in found)
-    blocks = 1 + max((p.block for p in found if p.block is not None), default=0)
-    again = (p for p in found if p.block is not None and p.block < blocks - 1 and not p.last)
-    live = sum(product.flops * product.live for product in found)
-    backward = sum(product.backward for product in found)
-    recomputed = sum(p.flops for p in again)
-    return Shares(live / total, backward / total, recomputed / total, tensors, blocks)
+    blocks: dict[int, list[Product]] = {}
+    for product in found:
+        if product.block is not None:
+            blocks.setdefault(product.block, []).append(product)
+    run = [own for own in blocks.values() if any(p.live for p in own)]  # others save nothing
+    again = [sum(p.flops for p in own if not (p.half and p.last)) for own in run]
+    attention = sum(
+        p.flops
+        for own in run
+        if any(p.live for p in own if not p.half)
+        for p in own
+        if not (p.half or p.last)
+    )
+    whole = [sum(p.flops for p in own) / total for own in run]
+    return Shares(
+        live=sum(product.flops * product.live for product in found) / total,
+        backward=sum(product.backward for product in found) / total,
+        recomputed=sum(again[:-1]) / total,
+        halves=(sum(again) + attention) / total,
+        tensors=tensors,
+        blocks=1 + max(blocks, default=0),
+        towers=tuple((len(list(alike)), one) for one, alike in itertools.groupby(whole)),
+    )
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of a stack of blocks; ``inner`` lists the feed-forward part's matrices."""
+    """Of a stack of blocks; ``inner`` lists the feed-forward part's matrices, of which the last
+    reads what the others make."""
 
     blocks: int
     hidden: int
     keys: int  # width of keys, of values
-    inner: tuple[tuple[int, int], ...]
-    names: dict[str, str]  # role -> name of the linear layer
-    stops_early: bool  # nothing inside the block follows the last product and is saved
+    inner: tuple[tuple[str, int, int], ...]
+    names: dict[str, str]  # role in attention -> name of the linear layer
+    attention_stops: bool  # nothing inside attention follows its last product and is saved
+    stops_early: bool  # the same of the block
 
 
 def products(
@@ -121,27 +143,32 @@ def _block(
     weights = int(isinstance(train, FullTraining))
     live = {}
 
-    def linear(role: str, wide: int, tall: int, given: int, last: bool = False) -> int:
-        found.append(Product(2.0 * tokens * wide * tall, given + weights, block, last))
-        trained = sizes.names[role] in adapted
+    def linear(
+        name: str, wide: int, tall: int, given: int, half: int = 0, last: bool = False
+    ) -> int:
+        trained = name in adapted
+        parts = [(wide, tall, given + weights)]
         if trained:
             rank = train.rank  # type: ignore[union-attr]
-            found.append(Product(2.0 * tokens * wide * rank, given + 1, block))
-            found.append(Product(2.0 * tokens * rank * tall, 2, block))
+            parts += [(wide, rank, given + 1), (rank, tall, 2)]
+        for place, (m, n, live) in enumerate(parts, 1):
+            ends = last and place == len(parts)
+            found.append(Product(2.0 * tokens * m * n, live, block, half, ends))
         return int(bool(given or weights or trained))
 
     given = int(live_input)
     for role, width in (("query", hidden), ("key", sizes.keys), ("value", sizes.keys)):
-        live[role] = linear(role, hidden, width, given)
+        live[role] = linear(sizes.names[role], hidden, width, given)
     scores = 2.0 * tokens * length * hidden
     mixed = int(bool(live["query"] or live["key"]))
-    found.append(Product(scores, live["query"] + live["key"], block, fused=fused))
-    found.append(Product(scores, mixed + live["value"], block, fused=fused))
-    after = linear("output", hidden, hidden, int(bool(mixed or live["value"])))
-    after = int(bool(after or given))
-    for place, (wide, tall) in enumerate(sizes.inner):
-        last = sizes.stops_early and place == len(sizes.inner) - 1
-        linear("inner", wide, tall, after, last)
+    found.append(Product(scores, live["query"] + live["key"], block, 0, fused=fused))
+    found.append(Product(scores, mixed + live["value"], block, 0, fused=fused))
+    given_on = int(bool(mixed or live["value"]))
+    stops = sizes.attention_stops
+    after = linear(sizes.names["output"], hidden, hidden, given_on, last=stops) or given
+    *inner, (name, wide, tall) = sizes.inner
+    made = [linear(*matrix, after, 1) for matrix in inner]
+    linear(name, wide, tall, max(made), 1, sizes.stops_early)
     return found
 
 
@@ -184,8 +211,9 @@ def _vision(
         number = block if full else None  # without a gradient to pass on nothing is recomputed
         per_patch = 2.0 * patches * width
         found += [
-            Product(per_patch * 4 * width, 2 * live, number),
-            Product(per_patch * 2 * grid * grid, 2 * live, number, fused=fused),
+            Product(per_patch * 3 * width, 2 * live, number, 0),
+            Product(per_patch * 2 * grid * grid, 2 * live, number, 0, fused=fused),
+            Product(per_patch * width, 2 * live, number, 0, last=True),
             Product(per_patch * inner, 2 * live, number),
             Product(per_patch * inner, 2 * live, number, last=True),
         ]
@@ -194,30 +222,33 @@ def _vision(
     return found
 
 
-ENCODER = {"query": "query", "key": "key", "value": "value", "output": "dense", "inner": "dense"}
-OPT = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj", "inner": "fc"}
-LLAMA = {**OPT, "output": "o_proj", "inner": "mlp"}
+ENCODER = {"query": "query", "key": "key", "value": "value", "output": "dense"}
+OPT = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
+LLAMA = {**OPT, "output": "o_proj"}
 
 
 def _encoder(c: dict[str, Any]) -> _Sizes:
     hidden, inner = c["hidden_size"], c["intermediate_size"]
-    matrices = ((hidden, inner), (inner, hidden))
-    return _Sizes(c["num_hidden_layers"], hidden, hidden, matrices, ENCODER, False)
+    matrices = (("dense", hidden, inner), ("dense", inner, hidden))
+    return _Sizes(c["num_hidden_layers"], hidden, hidden, matrices, ENCODER, False, False)
 
 
 def _opt(c: dict[str, Any]) -> _Sizes:
     hidden, inner = c["hidden_size"], c["ffn_dim"]
     stops = c.get("dropout", 0.1) == 0  # else the last product's dropout mask is asked for
-    matrices = ((hidden, inner), (inner, hidden))
-    return _Sizes(c["num_hidden_layers"], hidden, hidden, matrices, OPT, stops)
+    matrices = (("fc1", hidden, inner), ("fc2", inner, hidden))
+    return _Sizes(c["num_hidden_layers"], hidden, hidden, matrices, OPT, True, stops)
 
 
 def _llama(c: dict[str, Any]) -> _Sizes:
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     heads = c["num_attention_heads"]
     keys = hidden // heads * (c.get("num_key_value_heads") or heads)
-    matrices = ((hidden, inner), (hidden, inner), (inner, hidden))
-    return _Sizes(c["num_hidden_layers"], hidden, keys, matrices, LLAMA, True)
+    matrices = (
+        *((name, hidden, inner) for name in ("gate_proj", "up_proj")),
+        ("down_proj", inner, hidden),
+    )
+    return _Sizes(c["num_hidden_layers"], hidden, keys, matrices, LLAMA, True, True)
 
 
 SIZES: dict[str, Callable[[dict[str, Any]], _Sizes]] = {

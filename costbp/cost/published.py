@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from costbp.config.catalog import ModelEntry
@@ -27,6 +28,7 @@ FOLDER = Path("config/published")
 COLUMNS = ("source", "measure", "model", "dtype", "method", "batch", "seq", "unit", "value", "note")
 UNITS = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20}
 DTYPES = {"bf16": "bfloat16", "bf16-true": "bfloat16", "fp16": "float16", "fp32": "float32"}
+WITHIN = (0.05, 0.10)  # the median of errors, and the 80th of a hundred, that are aimed at
 LEAST = 0.02  # share of a row that a difference of two has to be
 
 
@@ -78,7 +80,7 @@ class Row:
 
     Attributes:
         settings: what it was run with, by name: what two rows differ in.
-        low, high: of what a driver would show.
+        rival: what the closed form that others use says.
     """
 
     source: str
@@ -88,6 +90,7 @@ class Row:
     seq: str
     published: float
     predicted: float | None = None
+    rival: float | None = None
     why: str = ""
     absolute: bool = True
     measure: str = "allocated"
@@ -133,8 +136,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def predict(plan: Plan, path: Path) -> Iterator[Row]:
+Watch = Callable[[Sequence[tuple[int, dict[str, str]]]], Iterable[tuple[int, dict[str, str]]]]
+
+
+def predict(plan: Plan, path: Path, watch: Watch = iter) -> Iterator[Row]:
     """Each row of memory in a table, with what is predicted for it.
+
+    Args:
+        watch: is handed all numbered rows and hands them on, to show how far it is.
 
     Raises:
         UserError: a file can't be read, or a row holds no number.
@@ -143,7 +152,7 @@ def predict(plan: Plan, path: Path) -> Iterator[Row]:
     content = {"sources": read_yaml(file)}
     sources = validate(Sources, content, [(file, content)]).sources
     models = read_yaml(FOLDER / "models.yaml")
-    for number, row in enumerate(read_rows(path), 2):
+    for number, row in watch(list(enumerate(read_rows(path), 2))):
         if row["unit"] not in UNITS:
             continue  # seconds
         try:
@@ -177,12 +186,16 @@ def _predicted(
         record = _traced(plan, source, rule, row, models[row["model"]], batch, length)
     except UserError as error:  # the model can't have it
         return Row(why=str(error), **made)
+    context = card_bytes(source.context) if source.measure == "driver" else 0
+    rival = closed_form(models[row["model"]], rule, record, batch, length) + context
     settings = {str(k): str(v) for k, v in rule.settings.items() if k != "train"}
     settings |= {f"train.{k}": str(v) for k, v in rule.settings.get("train", {}).items()}
     settings |= {"plan": str(rule.runs), "part": rule.part, "batch": str(batch)}
     settings |= {"length": str(length), "profile": rule.profile or source.profile}
-    found = _measured(source, record)
-    return Row(predicted=found, settings=settings, absolute=source.absolute, **made)
+    taken = record.allocated if source.measure == "allocated" else record.reserved
+    predicted = float((taken or 0) + context)
+    absolute = source.absolute
+    return Row(predicted=predicted, rival=rival, settings=settings, absolute=absolute, **made)
 
 
 def _matches(rule: Rule, row: Mapping[str, str]) -> bool:
@@ -195,11 +208,22 @@ def _number(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _measured(source: Publisher, record: CostRecord) -> float:
-    if source.measure == "allocated":
-        return float(record.allocated or 0)
-    context = card_bytes(source.context) if source.measure == "driver" else 0
-    return float((record.reserved or 0) + context)
+def closed_form(
+    config: Mapping[str, Any], rule: Rule, record: CostRecord, batch: int, length: int
+) -> float:
+    """Bytes as they are mostly estimated: weights, gradients, two moments, and in each block
+    s b h (34 + 5 a s / h) bytes of activations, or 2 s b h where blocks are recomputed (Korthikanti et
+    al. 2022, arXiv 2205.05198, equations 1 and 2); nothing of logits, loss, or the optimiser's copies."""
+    trained = record.peak_by_category["adapters"]
+    if rule.part != "step" or not (rule.runs or "").startswith("bp_"):
+        return float(record.weights_bytes + trained)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kept: float = 34 * hidden + 5 * heads * length
+    if rule.runs == "bp_checkpointing":
+        kept = 2 * hidden
+    moments = 0 if "adafactor" in str(rule.settings) else 2
+    blocks = config["num_hidden_layers"]
+    return record.weights_bytes + (2 + moments) * trained + batch * length * blocks * kept
 
 
 def _traced(
@@ -268,3 +292,48 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
                     )
                 )
     return found
+
+
+@dataclass(frozen=True)
+class Score:
+    """How far predictions of one source are from what was published.
+
+    Attributes:
+        median, eighty: of absolute relative errors, and the 80th of a hundred.
+        bias: median of signed ones.
+        rival: median of the closed form's absolute ones; nan for differences.
+    """
+
+    name: str
+    count: int
+    median: float
+    eighty: float
+    bias: float
+    rival: float
+
+
+def scores(rows: Sequence[Row]) -> list[Score]:
+    """Of each source whose rows are scored as they stand, and of all of them."""
+    scored = [row for row in rows if row.predicted is not None and row.absolute]
+    groups = {
+        name: [r for r in scored if r.source == name] for name in {r.source: 0 for r in scored}
+    }
+    found = []
+    for name, group in (groups | ({"all": scored} if len(groups) > 1 else {})).items():
+        rivals = [abs((row.rival or 0) / row.published - 1) for row in group]
+        found.append(_score(name, [row.error for row in group], rivals))
+    return found
+
+
+def difference_scores(found: Sequence[Pair]) -> list[Score]:
+    """Of what two rows differ in, and of all differences."""
+    groups = {key: [p.error for p in found if p.key == key] for key in {p.key: 0 for p in found}}
+    groups |= {"all": [p.error for p in found]} if len(groups) > 1 else {}
+    return [_score(name, errors, [float("nan")]) for name, errors in groups.items()]
+
+
+def _score(name: str, errors: Sequence[float], rivals: Sequence[float]) -> Score:
+    sizes = np.abs(errors)
+    median, eighty = np.quantile(sizes, [0.5, 0.8])
+    bias, rival = np.median(errors), np.median(rivals)
+    return Score(name, len(errors), float(median), float(eighty), float(bias), float(rival))

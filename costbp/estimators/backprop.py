@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from costbp.config.shares import fewest_inputs
 from costbp.estimators.base import Estimate, Estimator, Way
-from costbp.estimators.memory_plans import Keeping, MemoryPlan, blocks
+from costbp.estimators.memory_plans import Keeping, MemoryPlan, SubLayers, blocks, towers
 from costbp.objective import Batch, Key, Objective
 
 
@@ -15,7 +16,7 @@ class Backprop(Estimator):
     """Backpropagation under a memory plan.
 
     Cost with a frozen base and adapters: forward 1 + activation gradient 1 = 2 forward units; up
-    to one more forward for what the plan recomputes.
+    to two and a third more for what the plan recomputes.
     """
 
     plan: MemoryPlan
@@ -28,9 +29,15 @@ class Backprop(Estimator):
         return Estimate(gradient, loss, gradient.new_empty(0))
 
     def ways(self, objective: Objective) -> list[Way]:
-        """Instead of its plan: every block kept, the last ones kept, none."""
+        """Instead of its plan: every block kept, the last ones kept, none; then halves of blocks, and
+        fewer and fewer inputs of blocks kept."""
         count = len(blocks(objective.module))
-        return [
-            Way(f"{kept} of {count} blocks kept", count - kept, replace(self, plan=Keeping(kept)))
-            for kept in range(count, -1, -1)
+        longest = max(map(len, towers(objective.module)))
+        plans: list[tuple[str, MemoryPlan]] = [
+            (f"{kept} of {count} blocks kept", Keeping(kept)) for kept in range(count, -1, -1)
         ]
+        plans += [
+            (f"halves of {count} blocks recomputed, {kept} inputs kept", SubLayers(kept))
+            for kept in range(longest, fewest_inputs(longest) - 1, -1)
+        ]
+        return [Way(text, n, replace(self, plan=plan)) for n, (text, plan) in enumerate(plans)]

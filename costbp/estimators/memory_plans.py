@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from costbp.config.shares import fewest_inputs
 from costbp.errors import UserError
+from costbp.estimators.replay import Pass
 from costbp.meter import Meter, counted
 from costbp.objective import Batch, Objective
 
@@ -28,6 +32,10 @@ PRODUCTS = {
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten.baddbmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
 
 
@@ -101,23 +109,31 @@ def selective(objective: Objective, batch: Batch) -> contextlib.AbstractContextM
 
 @contextlib.contextmanager
 def offload(objective: Objective, batch: Batch) -> Iterator[None]:
-    """Move saved activations to host memory and back; parameters stay. On a CPU nothing moves."""
+    """Move saved activations to host memory and back; parameters stay. A trace forgets them.
+
+    Raises:
+        UserError: the model is on the CPU, where there is nowhere to move them.
+    """
+    if objective.theta.device.type == "cpu":
+        raise UserError(
+            "plan offload: the model is on the CPU, where activations have nowhere to go; allowed "
+            f"there: {', '.join(name for name in PLANS if name != 'offload')}, byte_budget"
+        )
     module = objective.module
-    kept = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
 
     def pack(tensor: Tensor) -> Any:
-        stays = tensor.device.type == "cpu" or tensor.untyped_storage().data_ptr() in kept
-        if stays:
+        if tensor.device.type == "cpu" or tensor.untyped_storage()._cdata in kept:
             return tensor
+        if tensor.is_meta:
+            return functools.partial(torch.empty, tensor.shape, dtype=tensor.dtype, device="meta")
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         host.copy_(tensor, non_blocking=True)
-        return tensor.device, host
+        return functools.partial(host.to, tensor.device, non_blocking=True)
 
     def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        device, host = packed
-        return host.to(device, non_blocking=True)
+        found: Tensor = packed if isinstance(packed, Tensor) else packed()
+        return found
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
@@ -134,6 +150,92 @@ class Keeping:
     ) -> contextlib.AbstractContextManager[None]:
         found = blocks(objective.module)
         return recomputing(found[: len(found) - self.count])
+
+
+def towers(module: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of a model by class: those of one follow each other."""
+    return [list(alike) for _, alike in itertools.groupby(blocks(module), type)]
+
+
+@dataclass(frozen=True)
+class SubLayers:
+    """Recompute every block, and of it no more at once than its attention or its feed-forward part.
+
+    Per-block checkpointing peaks where all that a block saves exists, beside the inputs of all blocks.
+    Here the backward pass runs a block twice: first for what the feed-forward part saves, then, up to
+    the end of attention, for the rest (sub-layers as in MeSP, arXiv 2602.13069). And of the blocks'
+    inputs no more than ``inputs`` exist at a time, those of groups that begin at a kept one; the
+    others come from one more forward pass of the group. With groups of n, n - 1, ..., 1 blocks, the
+    last of them dealt with first, n kept inputs do for n (n + 1) / 2 blocks. An input that the model
+    changes between two blocks is kept.
+
+    Attributes:
+        inputs: at most so many in each tower; None: as few as one more forward pass allows.
+    """
+
+    inputs: int | None = None
+
+    @contextlib.contextmanager
+    def __call__(self, objective: Objective, batch: Batch) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for tower in towers(objective.module):
+                begins = _begins(len(tower), self.inputs or fewest_inputs(len(tower)))
+                latest: list[Any] = [lambda: None]
+                for place, block in enumerate(tower):
+                    run, end = _by_parts(block.forward, latest, keeps=place in begins)
+                    attention = _attention(block)
+                    if attention is not None:
+                        stack.callback(attention.register_forward_hook(end).remove)
+                    block.forward = run  # shadows the class's method
+                    stack.callback(block.__dict__.pop, "forward", None)
+            yield
+
+
+def _attention(block: nn.Module) -> nn.Module | None:
+    """The first of a block's children that hold linear layers: attention, in transformers."""
+    for child in filter(_has_linear, block.children()):
+        return _attention(child) if isinstance(child, nn.ModuleList) else child
+    return None
+
+
+def _begins(count: int, inputs: int) -> set[int]:
+    """Where groups of at most ``inputs``, ``inputs - 1``, ... blocks begin: as many as there may be,
+    and the first the longest."""
+    if inputs < fewest_inputs(count):
+        raise UserError(
+            f"plan sub_layer: inputs = {inputs} is too few for {count} blocks; "
+            f"allowed: {fewest_inputs(count)} or more"
+        )
+    found, place, more = set(), 0, count - min(inputs, count)
+    for size in range(inputs, 0, -1):
+        if place < count:
+            found.add(place)
+        place += 1 + min(size - 1, more)
+        more -= min(size - 1, more)
+    return found
+
+
+def _by_parts(
+    forward: Callable[..., Any], latest: list[Any], *, keeps: bool
+) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """A block's forward pass whose saved tensors are computed again by parts, and what ends a part.
+    ``latest`` refers to the pass of the block before."""
+    now: list[Pass] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        made = Pass(forward, args, kwargs, None if keeps else latest[0]())
+        latest[0] = weakref.ref(made)
+        now.append(made)
+        try:
+            return made.first(args, kwargs)
+        finally:
+            now.pop()
+
+    def end(*_: Any) -> None:
+        if now:  # not when it is run again
+            now[-1].cut()
+
+    return run, end
 
 
 class ByteBudget:
@@ -190,5 +292,6 @@ PLANS: dict[str, MemoryPlan] = {
     "none": keep_all,
     "per_block": per_block,
     "selective": selective,
+    "sub_layer": SubLayers(),
     "offload": offload,
 }

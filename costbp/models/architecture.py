@@ -35,7 +35,8 @@ def transformers_config(values: Mapping[str, Any], classes: int = 4) -> Any:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UserError(f"configuration: model_type = '{kind}' is unknown to transformers{hint}")
     sizes = values.get("text_config", values)
-    missing = [name for name in REQUIRED if name not in sizes]
+    own = CONFIG_MAPPING[kind].attribute_map  # GPT-2 says n_embd
+    missing = [name for name in REQUIRED if name not in sizes and own.get(name) not in sizes]
     if missing:
         raise UserError(
             f"configuration of a '{kind}' model: {', '.join(missing)} missing "
@@ -53,7 +54,8 @@ def transformers_config(values: Mapping[str, Any], classes: int = 4) -> Any:
 
 def longest(values: Mapping[str, Any]) -> int | None:
     """Tokens that a model of this configuration has positions for; None where it doesn't say."""
-    found = values.get("text_config", values).get("max_position_embeddings")
+    text = values.get("text_config", values)
+    found = text.get("max_position_embeddings", text.get("n_positions"))
     if found is None:
         return None
     return int(found) - (2 if values.get("model_type") == "roberta" else 0)  # they begin at two

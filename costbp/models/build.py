@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from costbp.config.catalog import FullTraining, LoraTraining, ModelEntry, Training
 from costbp.config.sources import ConfigSource, Form, PythonSource
+from costbp.console import say
 from costbp.errors import UserError
 from costbp.models.architecture import transformers_config
+from costbp.models.libraries import with_transformers
 from costbp.models.loss import ChunkedLoss, cross_entropy
 from costbp.models.modules import Classifier, Encoder, Head, LabelWords, Transformer, redraw
 from costbp.models.packed import QuantisedLinear, replace_packed
 from costbp.models.prefix import without_prefix
-from costbp.models.trainable import head_name, trainable
+from costbp.models.trainable import HEADS, head_name, linears, trainable
 from costbp.models.weights import load_base, randomly_drawn
 from costbp.objective import Objective
 
@@ -93,6 +95,9 @@ def build_from_config(
     Args:
         classes: of a classifier.
         adapters_at_zero: start LoRA's second factor at zero, as in training.
+
+    Raises:
+        UserError: the model can't be made, or not with the source's ``bits`` or ``loss_chunk``.
     """
     config = transformers_config(source.config, classes)
     if source.form == "classifier" and config.pad_token_id is None:
@@ -101,13 +106,43 @@ def build_from_config(
     if source.bits is not None:  # whatever the packing: all take about as many bytes
         replace_packed(base, partial(QuantisedLinear, group=source.group))
     made = finished(base, source.form, train, classes, adapters_at_zero)
-    if source.loss_chunk is not None and isinstance(made, Transformer) and made.vocabulary:
+    if source.loss_chunk is not None:
         whole: Any = made.model
         if isinstance(train, LoraTraining):
             whole = whole.get_base_model()
-        head = whole.get_output_embeddings()
-        made = ChunkedLoss(whole.model, head, source.loss_chunk, made.vocabulary)
+        _refuse_changed_logits(whole.config.get_text_config())
+        parts = whole.base_model, whole.get_output_embeddings()
+        made = ChunkedLoss(*parts, source.loss_chunk, config.get_text_config().vocab_size)
     return Objective(made.train(), cross_entropy)
+
+
+def queries_and_values(source: ConfigSource) -> list[str]:
+    """What a configuration's model calls the linear layers of queries and values: as peft's table
+    says of its type, or as the table says of another type and the model has; else all linear layers."""
+    with with_transformers():
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+    kind = source.config["model_type"]
+    if isinstance(known.get(kind), list):
+        return list(known[kind])
+    config = transformers_config(source.config)
+    with torch.device("meta"):
+        names = linears(randomly_drawn(source, config))
+    tables = [*(names for names in known.values() if isinstance(names, list)), ["q_lin", "v_lin"]]
+    for targets in sorted(tables, key=len, reverse=True):
+        if set(targets) <= set(names) and len(targets) < 3:
+            return list(targets)
+    rest = [name for name in names if name not in HEADS]
+    say(f"notice: no adapters are known for a '{kind}' model; they go to {', '.join(rest)}")
+    return rest
+
+
+def _refuse_changed_logits(config: Any) -> None:
+    for name, value in config.to_dict().items():
+        if "logit" in name and type(value) in (int, float) and value != 1:
+            raise UserError(
+                f"source.loss_chunk: a '{config.model_type}' model changes what its head puts out "
+                f"({name} = {value}): leave loss_chunk out"
+            )
 
 
 def finished(

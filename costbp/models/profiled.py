@@ -35,6 +35,11 @@ def build_profiled(entry: ModelEntry, profile: Profile, classes: int) -> Objecti
     """
     source = entry.source
     assert isinstance(source, ConfigSource)
+    if source.loss_chunk is not None:
+        raise UserError(
+            f"source.loss_chunk is of this package's loop, and profile '{profile.label}' has its own "
+            "way with logits: leave it out"
+        )
     if source.attention == "sdpa":
         source = source.model_copy(update={"attention": profile.attention})
     config = transformers_config(source.config, classes)
@@ -92,7 +97,7 @@ def _parted(made: nn.Module, entry: ModelEntry, profile: Profile) -> nn.Module:
 def _capped(whole: Any) -> nn.Module:
     """The head, and the soft limit of logits that some models put behind it."""
     head: nn.Module = whole.get_output_embeddings()
-    limit = getattr(whole.config, "final_logit_softcapping", None)
+    limit = getattr(whole.config.get_text_config(), "final_logit_softcapping", None)
     return head if limit is None else nn.Sequential(head, _Limited(limit))
 
 

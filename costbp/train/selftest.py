@@ -186,7 +186,7 @@ def _masks(device: torch.device) -> Check:
     objective, data = _objective(_entry(SMALL, dropout=0.3), place)
     errors = {}
     wanted = None
-    for name in ("none", "per_block", "selective"):
+    for name in ("none", "per_block", "selective", "sub_layer"):
         with objective.noise(Key(0, 0)), PLANS[name](objective, data):
             _, gradient = objective.gradient(data)
         wanted = gradient.clone() if wanted is None else wanted
