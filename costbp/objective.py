@@ -12,7 +12,8 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,42 @@ class Key:
         return torch.Generator(device).manual_seed(self.number)
 
 
+PIECE = 2**22  # numbers of a parameter that are drawn, moved and stepped at once: at least so many,
+SHARE = 2**9  # or this part of all; a piece in float32 and in half precision is 0.6 % of theta then
+
+
+class Piece(NamedTuple):
+    """Consecutive rows of a trainable parameter; of all but large ones: all of it.
+
+    Attributes:
+        name: of the parameter.
+        place: what its draws are keyed by: the parameter's place, and the piece's in a large one.
+        entries: where it lies in ``theta``.
+        rows: the parameter's (its first axis) that it holds.
+    """
+
+    name: str
+    place: tuple[int, ...]
+    entries: slice
+    rows: slice
+
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return int(self.entries.stop - self.entries.start)
+
+
+def _pieces(name: str, place: int, start: int, shape: torch.Size, most: int) -> list[Piece]:
+    rows, width = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    if rows * width <= most:
+        return [Piece(name, (place,), slice(start, start + rows * width), slice(0, rows))]
+    ends = [*range(0, rows, max(1, most // width)), rows]
+    return [
+        Piece(name, (place, i), slice(start + a * width, start + b * width), slice(a, b))
+        for i, (a, b) in enumerate(pairwise(ends))
+    ]
+
+
 def _drops_out(module: nn.Module) -> bool:
     """Whether a module draws a mask in training: by ``nn.Dropout``, or by a rate of its own that
     it hands to the functional form, as OPT's and Llama's attention do."""
@@ -94,9 +131,10 @@ class Objective:
 
     Attributes:
         theta: the trainable parameters, one leaf of shape [d]; module parameters are views of it.
-        buffer: the gradient, one vector of shape [d]; the parameters' ``.grad`` are views of it.
-            It is the one vector that an estimate may fill and hand out.
         slices: parameter name -> (start, stop, shape) inside ``theta``.
+        pieces: parameter name -> its pieces.
+        sparing: whether nobody needs a gradient of length d, so that none is there before a step
+            (``estimators/update.py`` decides).
         split: the parts in which a batch is computed one after the other, each with its share of the
             batch's mean loss; losses, derivatives and gradients are those of the whole. None: at once.
         widest: outputs of the widest linear layer: a scale for the size of activations.
@@ -106,6 +144,7 @@ class Objective:
     """
 
     split: Split | None = None
+    sparing = False
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -115,22 +154,32 @@ class Objective:
             raise UserError("trainable parameters must share one dtype and one device")
         self.module, self.loss = module, loss
         self.theta = torch.cat([p.detach().reshape(-1) for _, p in named])
-        self.buffer = torch.zeros_like(self.theta)
+        self._buffer: Tensor | None = None
         self.slices: dict[str, tuple[int, int, torch.Size]] = {}
-        start = 0
-        for name, parameter in named:
+        self.pieces: dict[str, list[Piece]] = {}
+        start, most = 0, max(PIECE, self.d // SHARE)
+        for place, (name, parameter) in enumerate(named):
             stop = start + parameter.numel()
             self.slices[name] = (start, stop, parameter.shape)
+            self.pieces[name] = _pieces(name, place, start, parameter.shape, most)
             parameter.data = self.theta[start:stop].view(parameter.shape)
             start = stop
         self._trained = [parameter for _, parameter in named]
-        self.hold_gradients()
         self.widest = max(
             (m.out_features for m in module.modules() if isinstance(m, nn.Linear)), default=0
         )
-        self._names = {id(parameter): name for name, parameter in named}
+        self._pieces_of = {id(parameter): self.pieces[name] for name, parameter in named}
         self._noise: int | None = None
         self._random = [m for m in module.modules() if _drops_out(m)]
+
+    @property
+    def buffer(self) -> Tensor:
+        """The gradient, one vector [d], made when it is first asked for; the parameters' ``.grad`` are
+        views of it. It is the one vector that an estimate may fill and hand out."""
+        if self._buffer is None:
+            self._buffer = torch.zeros_like(self.theta)
+            self.hold_gradients()
+        return self._buffer
 
     def hold_gradients(self) -> None:
         """Make the parameters' ``.grad`` views of ``buffer``, also after somebody has dropped them."""
@@ -139,15 +188,27 @@ class Objective:
         ):
             parameter.grad = self.buffer[start:stop].view(shape)
 
+    def drop_gradients(self) -> None:
+        """Be without ``buffer`` until somebody asks for it."""
+        self._buffer = None
+        for parameter in (self.theta, *self._trained):
+            parameter.grad = None
+
     def existing(self) -> list[Tensor]:
         """Every tensor that is there before a step: parameters, buffers, theta, the gradient."""
         module = self.module
-        return [*module.parameters(), *module.buffers(), self.theta, self.buffer]
+        gradient = [] if self.sparing else [self.buffer]
+        return [*module.parameters(), *module.buffers(), self.theta, *gradient]
 
     @property
     def d(self) -> int:
         """Number of trainable parameters."""
         return self.theta.numel()
+
+    @property
+    def large(self) -> bool:
+        """Whether vectors of length d are made only where there is no other way."""
+        return self.d > PIECE
 
     @contextlib.contextmanager
     def noise(self, key: Key) -> Iterator[None]:
@@ -228,14 +289,20 @@ class Objective:
         finally:
             self.theta.copy_(home)
 
-    def perturbed(self, offset: Callable[[str], Tensor]) -> TorchFunctionMode:
-        """Within the block every use of a trainable parameter sees parameter + ``offset(name)``
-        (a new tensor, [numel] of that parameter, float32 or wider).
+    def perturbed(self, offset: Callable[[Piece], Tensor]) -> TorchFunctionMode:
+        """Within the block every use of a trainable parameter sees parameter + ``offset(piece)``
+        (a new tensor, [numel] of that piece, float32 or wider).
 
-        The sum lives for one operator at a time and the parameters themselves are never written:
-        theta stays bit-equal in any dtype and no second copy of it is made. No gradient flows.
+        The sum lives for one operator at a time, of a large linear layer or embedding for one piece,
+        and the parameters themselves are never written: theta stays bit-equal in any dtype and no
+        second copy of it is made. No gradient flows.
         """
-        return _Perturbed(self._names, offset)
+        return self.replaced(lambda p, v: offset(p).view(v.shape).add_(v).to(v.dtype))
+
+    def replaced(self, new: Callable[[Piece, Tensor], Tensor]) -> TorchFunctionMode:
+        """Within the block operators are given ``new(piece, value)`` for each piece of each trainable
+        parameter that they are called with."""
+        return _Replaced(self._pieces_of, new)
 
     def finite(self) -> bool:
         """Whether every trainable parameter is finite."""
@@ -246,30 +313,64 @@ def _scaled(share: Tensor, loss: Tensor) -> Tensor:
     return (share * loss).to(loss.dtype)
 
 
-class _Perturbed(TorchFunctionMode):
-    """Hands operators a perturbed copy of each trainable parameter they are called with."""
+class _Replaced(TorchFunctionMode):
+    """Hands operators another tensor for each trainable parameter they are called with: for a large
+    one's linear layer or look-up of rows one piece after the other, so that none is whole."""
 
-    def __init__(self, names: Mapping[int, str], offset: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self, pieces: Mapping[int, list[Piece]], new: Callable[[Piece, Tensor], Tensor]
+    ) -> None:
         super().__init__()
-        self.names, self.offset = names, offset
+        self.pieces, self.new = pieces, new
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if _reads_values(func):
-            args = tuple(self._replaced(value) for value in args)
-            kwargs = {key: self._replaced(value) for key, value in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
+        if not _reads_values(func):
+            return func(*args, **(kwargs or {}))
+        pieces = self.pieces.get(id(args[1]), []) if len(args) > 1 else []
+        if len(pieces) > 1 and func.__name__ == "linear":
+            return self._linear(func, pieces, *args, **(kwargs or {}))
+        if len(pieces) > 1 and func.__name__ == "embedding" and not (kwargs or {}).get("max_norm"):
+            return self._rows(pieces, *args[:2])
+        args = tuple(self._replaced(value) for value in args)
+        return func(*args, **{key: self._replaced(value) for key, value in (kwargs or {}).items()})
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            name = self.names.get(id(value))
-            if name is None:
-                return value
-            return self.offset(name).view(value.shape).add_(value).to(value.dtype)
+            pieces = self.pieces.get(id(value), [])
+            if len(pieces) > 1:
+                return torch.cat([self.new(piece, value[piece.rows]) for piece in pieces])
+            return self.new(pieces[0], value) if pieces else value
         if isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value):
             return type(value)(self._replaced(v) for v in value)
         return value
+
+    def _linear(
+        self, func: Any, pieces: list[Piece], x: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        bias, output = self._replaced(bias), None
+        for piece in pieces:
+            new, rows = self.new(piece, weight[piece.rows]), piece.rows
+            part = func(x, new, bias if bias is None else bias[rows])
+            if output is None:
+                output = part.new_empty(*part.shape[:-1], len(weight))
+            output[..., rows] = part
+        assert output is not None
+        return output
+
+    def _rows(self, pieces: list[Piece], places: Tensor, weight: Tensor) -> Tensor:
+        """Of pieces in which nothing is looked up nothing is drawn, which takes one wait for the
+        device."""
+        rows, order = places.flatten().sort()
+        ends = torch.tensor([piece.rows.stop for piece in pieces], device=rows.device)
+        output, first = weight.new_empty(len(rows), *weight.shape[1:]), 0
+        for piece, last in zip(pieces, torch.searchsorted(rows, ends).tolist(), strict=True):
+            if first < last:
+                new, wanted = self.new(piece, weight[piece.rows]), rows[first:last]
+                output[order[first:last]] = new[wanted - piece.rows.start]
+            first = last
+        return output.view(*places.shape, *weight.shape[1:])
 
 
 VIEWS = {"T", "mT", "H", "mH", "data", "real"}  # attributes that hand out a tensor's values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from costbp.config.yaml_file import read_yaml
 from costbp.errors import UserError, suggest
 from costbp.estimators.base import Estimate
 from costbp.estimators.probe import settle
+from costbp.estimators.update import decide, update
 from costbp.objective import Key, Objective
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -85,6 +86,7 @@ class Steps:
         self.estimator = method.entry.build()
         make, theta = method.make_optimizer, self.objective.theta
         self.optimizer = make([theta]) if make else method.entry.optimizer.build(theta)
+        decide(self.objective, self.estimator, self.optimizer)
         self.seed, self.step = seed, 0
         self._settled = False
 
@@ -99,26 +101,31 @@ class Steps:
         Raises:
             ValueError: not as many batches as the step looks at.
         """
+        estimate = self._estimated(batches)
+        if estimate.gradient is not self.objective.buffer:
+            self.objective.buffer.copy_(estimate.gradient)
+        self.objective.hold_gradients()
+        return estimate
+
+    def _estimated(self, batches: Sequence[Any]) -> Estimate:
         if len(batches) != self.batches:
             raise ValueError(
                 f"step {self.step} looks at {self.batches} batches, not {len(batches)}"
             )
-        self.objective.hold_gradients()
+        if not self.objective.sparing:
+            self.objective.hold_gradients()
         flat, key = [_Flat(batch) for batch in batches], Key(self.seed, self.step)
         if not self._settled:
             settle(self.objective, self.estimator, flat[0], key)
             self._settled = True
         estimate = self.estimator.estimate(self.objective, flat, key)
-        if estimate.gradient is not self.objective.buffer:
-            self.objective.buffer.copy_(estimate.gradient)
         self.step += 1
         return estimate
 
     def __call__(self, *batches: Any) -> Tensor:
         """One step on as many batches as it looks at; returns the mean loss [] before it."""
-        estimate = self.estimate(*batches)
-        self.objective.theta.grad = self.objective.buffer
-        self.optimizer.step()
+        estimate = self._estimated(batches)
+        update(self.objective, self.optimizer, estimate)
         return estimate.loss
 
     def over(self, batches: Iterable[Any]) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from costbp.estimators.directions import (
     Rademacher,
     Sparse,
     Sphere,
+    pieces,
 )
 from costbp.estimators.oracles import Exact
 from costbp.estimators.projected import Projected
@@ -283,10 +284,10 @@ def test_directions_come_again_from_their_key_alone(name):
 def test_parts_equal_dense_rows_and_are_new_tensors(name):
     objective, directions = drawn(name, Key(7, 3))
     dense = directions.dense.clone()
-    for parameter, (start, stop, _) in objective.slices.items():
+    for piece in pieces(objective):
         for k in range(directions.count):
-            assert torch.equal(directions.part(k, parameter).mul_(0) + 1, torch.ones(stop - start))
-            assert torch.equal(directions.part(k, parameter), dense[k, start:stop])
+            assert torch.equal(directions.part(k, piece).mul_(0) + 1, torch.ones(piece.size))
+            assert torch.equal(directions.part(k, piece), dense[k, piece.entries])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -295,7 +296,7 @@ def test_combine_is_the_weighted_sum_of_duals(name):
     objective, directions = drawn(name, Key(7, 3))
     dual = directions.dual or directions.part
     wanted = torch.cat(
-        [sum(w * dual(k, p) for k, w in enumerate(weights)) for p in objective.slices]
+        [sum(w * dual(k, p) for k, w in enumerate(weights)) for p in pieces(objective)]
     )
     torch.testing.assert_close(directions.combine(weights), wanted, rtol=1e-13, atol=1e-13)
     _ = directions.dense  # a cached block takes another way
@@ -307,10 +308,10 @@ def test_combine_is_the_weighted_sum_of_duals(name):
 def test_draws_do_not_depend_on_the_dtype_of_theta(name, dtype):
     objective, wide = drawn(name, Key(7, 3))
     _, narrow = drawn(name, Key(7, 3), dtype=dtype)
-    for parameter in objective.slices:
-        part = narrow.part(1, parameter)
+    for piece in pieces(objective):
+        part = narrow.part(1, piece)
         assert part.dtype == torch.float32
-        torch.testing.assert_close(part, wide.part(1, parameter).float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part, wide.part(1, piece).float(), rtol=1e-5, atol=1e-5)
     assert narrow.dense.dtype == dtype
 
 

@@ -18,6 +18,7 @@ from costbp.estimators.directions import (
     Rademacher,
     Sparse,
     Sphere,
+    pieces,
 )
 from costbp.estimators.oracles import Central, Exact, OneSided
 from costbp.estimators.projected import Projected
@@ -93,7 +94,7 @@ def test_exact_derivatives_are_directions_times_gradient(problem, source, count,
     assert abs(float(estimate.loss - loss)) < precision * (1 + float(loss))
     dual = directions.dual or directions.part
     mean = torch.cat(
-        [sum(wanted[k] * dual(k, name) for k in range(count)) / count for name in objective.slices]
+        [sum(wanted[k] * dual(k, p) for k in range(count)) / count for p in pieces(objective)]
     )
     assert float((estimate.gradient - mean).abs().max()) < precision * scale**2
     assert torch.equal(objective.theta, before)

@@ -26,6 +26,7 @@ from costbp.device import allocator_peaks, forget_peaks, free, to_device
 from costbp.errors import UserError, first_line, suggest
 from costbp.estimators.base import Estimator
 from costbp.estimators.memory_plans import blocks
+from costbp.estimators.update import made
 from costbp.meter import Timeline
 from costbp.models.architecture import longest, sample_batch, transformers_config
 from costbp.models.build import build_from_config, queries_and_values
@@ -266,7 +267,7 @@ class Bench:
         free(device)
         forget_peaks(device)
         before = torch.cuda.memory_allocated(device)
-        estimator.estimate(self.objective, [data] * len(estimator.passes(0)), Key(0, 0))
+        made(estimator, self.objective, [data] * len(estimator.passes(0)), Key(0, 0))
         peak, reserved = allocator_peaks(device)
         return {"allocated_bytes": peak - before, "reserved_bytes": reserved}
 

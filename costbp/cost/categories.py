@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from costbp.meter import TEMPORARY, Meter
-from costbp.objective import Batch, Objective
+from costbp.objective import Batch, Objective, Piece
 
 SAVED, TANGENTS, DIRECTIONS, LOGITS, GRADIENTS = (
     *("saved activations", "tangents", "directions", "logits and loss", "gradients"),
@@ -84,9 +84,9 @@ class Categories(TorchFunctionMode):
         finally:
             self._in_loss = False
 
-    def _named_offsets(self, offset: Callable[[str], Tensor]) -> TorchFunctionMode:
-        def named(name: str) -> Tensor:
-            value = offset(name)
+    def _named_offsets(self, offset: Callable[[Piece], Tensor]) -> TorchFunctionMode:
+        def named(piece: Piece) -> Tensor:
+            value = offset(piece)
             self.meter.mark(value, DIRECTIONS)
             return value
 

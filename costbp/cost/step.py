@@ -24,6 +24,7 @@ from costbp.cost.allocator import replayed
 from costbp.cost.categories import Categories
 from costbp.device import synchronise
 from costbp.estimators.base import Estimator
+from costbp.estimators.update import decide, made
 from costbp.meter import Meter, Timeline
 from costbp.objective import Batch, Key, Objective
 
@@ -96,7 +97,7 @@ def resident_bytes(
     return {
         "weights": sum(frozen_bytes(objective)),
         "adapters": objective.theta.nbytes,
-        "gradients": objective.buffer.nbytes,
+        "gradients": 0 if objective.sparing else objective.buffer.nbytes,
         "optimiser state": estimator_state
         + sum(t.nbytes for t in moments if isinstance(t, torch.Tensor)),
     }
@@ -175,7 +176,7 @@ class CostCounter:
         step.work = {} if self.named else None
         names = Categories(step, objective) if self.named else contextlib.nullcontext()
         with names, step:
-            trial.estimate(objective, [batch], key)
+            made(trial, objective, [batch], key)
         self.timelines.append(step.timeline())
         return Count(
             flops=step.flops,
@@ -251,15 +252,19 @@ def measure_step(
         counter: of the estimator, where its own is wanted.
         timed: run every kind of step of the estimator's cycle, too, and take its time.
     """
+    decide(objective, estimator, optimizer)
     counter, steps = counter or CostCounter(estimator), range(1, estimator.cycle + 1)
     keys = [Key(0, step) for step in steps]
     batches = [[batch] * len(estimator.passes(step)) for step in steps]
     counts = [counter(objective, *given) for given in zip(batches, keys, strict=True)]
-    objective.theta.grad = objective.buffer
     update = Meter(objective.existing())
     update.work = {}
     with update:
-        optimizer.step()
+        if not objective.sparing:
+            objective.theta.grad = objective.buffer
+            optimizer.step()
+        elif objective.theta.is_meta:
+            objective.theta.add_(objective.theta)  # what all blocks' steps move
     seconds: tuple[float | None, float | None] = (None, None)
     if timed:
         device = objective.theta.device
@@ -267,7 +272,7 @@ def measure_step(
         spent: dict[int, float] = {}  # by FLOPs: steps that count the same take the same time
         for count, given, key in zip(counts, batches, keys, strict=True):
             if count.flops not in spent:
-                once = partial(estimator.estimate, objective, given, key)
+                once = partial(made, estimator, objective, given, key)
                 spent[count.flops] = median_seconds(once, device)
         forward = median_seconds(partial(forward_only, objective, batch), device)
         seconds = statistics.mean(spent[count.flops] for count in counts), forward

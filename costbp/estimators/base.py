@@ -5,12 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from costbp.objective import Batch, Key, Objective
+from costbp.objective import Batch, Key, Objective, Piece
+
+
+class Unmade(Protocol):
+    """A gradient that is made where it is needed."""
+
+    def whole(self) -> Tensor:
+        """In the objective's buffer, [d]."""
+
+    def by_piece(self) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece of theta with its share, [numel]."""
 
 
 @dataclass(frozen=True)
@@ -18,24 +29,33 @@ class Estimate:
     """What a step knows after looking at its batches.
 
     Attributes:
-        gradient: estimate of the gradient, [d]. May be the objective's buffer, which the next
-            estimate overwrites.
+        made: estimate of the gradient, [d], or what makes it.
         loss: mean loss of the batches at theta, [].
         derivatives: directional derivatives, [K]; empty for reverse mode.
 
     Nothing of it has been read from the device: a step synchronises once, in the loop.
     """
 
-    gradient: Tensor
+    made: Tensor | Unmade
     loss: Tensor
     derivatives: Tensor
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """Estimate of the gradient, [d]. May be the objective's buffer, which the next estimate
+        overwrites."""
+        return self.made if isinstance(self.made, Tensor) else self.made.whole()
 
     @property
     def figures(self) -> Tensor:
         """Loss, Euclidean norm of the gradient, root mean square of the derivatives (nan without
         any) and how many of them were dropped because they were not finite: [4], float32 or
         wider."""
-        norm = wide(self.gradient).norm()
+        dtype = wide_dtype(self.gradient.dtype)
+        return self.figures_with(torch.linalg.vector_norm(self.gradient, dtype=dtype))
+
+    def figures_with(self, norm: Tensor) -> Tensor:
+        """The same of a gradient whose norm [] is known."""
         size = wide(self.derivatives).square().mean().sqrt()
         dropped = (~torch.isfinite(self.derivatives)).sum()
         return torch.stack([part.to(norm.dtype) for part in (self.loss, norm, size, dropped)])
@@ -113,9 +133,10 @@ class Estimator(ABC):
     Attributes:
         divisible: whether estimates are the same where the objective computes a batch in parts:
             where they know the batch by its mean loss, gradient and derivatives alone.
+        by_piece: whether estimates can be had one piece of theta after the other.
     """
 
-    divisible = False
+    divisible = by_piece = False
 
     @abstractmethod
     def estimate(self, objective: Objective, batches: Sequence[Batch], key: Key) -> Estimate:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from costbp.estimators.directions import Directions, Part, Probe, Source, independent
 from costbp.meter import counted
-from costbp.objective import Key, Objective
+from costbp.objective import Key, Objective, Piece
 from costbp.theory.variance import extreme_of_squares
 
 LIMIT = 10.0  # largest ratio of two groups' scales: a probe of few directions can be near zero
@@ -93,9 +93,9 @@ class Calibrated(Source):
         part = independent(objective, key.at(PROBES).at(group))
         group_of = self.groups(objective)
 
-        def confined(k: int, name: str) -> Tensor:
-            z = part(k, name)
-            return z if group_of[name] == group else z.zero_()
+        def confined(k: int, piece: Piece) -> Tensor:
+            z = part(k, piece)
+            return z if group_of[piece.name] == group else z.zero_()
 
         return confined
 
@@ -110,21 +110,21 @@ class Calibrated(Source):
             return Directions(
                 objective,
                 count,
-                lambda k, name: plain(k, name).mul_(scales[group_of[name]]),
-                lambda k, name: plain(k, name).div_(scales[group_of[name]]),
+                lambda k, piece: plain(k, piece).mul_(scales[group_of[piece.name]]),
+                lambda k, piece: plain(k, piece).div_(scales[group_of[piece.name]]),
             )
         if key != self.key:
             return Directions(objective, count, plain)
         kept, expected = self.kept.tolist(), extreme_of_squares(self.candidates, self.use)
 
-        def chosen(k: int, name: str) -> Tensor:
+        def chosen(k: int, piece: Piece) -> Tensor:
             if k:  # one direction is chosen; further ones are plain
-                return plain(k, name)
-            group = group_of[name]
-            return self._confined(objective, key, group)(kept[group], name)
+                return plain(k, piece)
+            group = group_of[piece.name]
+            return self._confined(objective, key, group)(kept[group], piece)
 
-        def dual(k: int, name: str) -> Tensor:
-            return chosen(k, name) if k else chosen(k, name).div_(expected)
+        def dual(k: int, piece: Piece) -> Tensor:
+            return chosen(k, piece) if k else chosen(k, piece).div_(expected)
 
         return Directions(objective, count, chosen, dual)
 

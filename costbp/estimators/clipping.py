@@ -30,4 +30,4 @@ class Clipped(Wrapper):
             gradient.mul_((self.norm / wide(gradient).norm()).clamp(max=1))
         if self.sign:
             gradient.sign_()
-        return replace(estimate, gradient=gradient)
+        return replace(estimate, made=gradient)

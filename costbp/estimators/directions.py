@@ -11,35 +11,37 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from costbp.errors import UserError
 from costbp.estimators.base import wide, wide_dtype
-from costbp.objective import Key, Objective
+from costbp.objective import Key, Objective, Piece
 
-Part = Callable[[int, str], Tensor]
+Part = Callable[[int, Piece], Tensor]
 
 
 @dataclass
 class Directions:
-    """K directions, drawn again from their key, one parameter at a time, whenever asked for.
+    """K directions, drawn again from their key, one piece of a parameter at a time, whenever asked for.
 
     Attributes:
-        part: ``part(k, name)`` is direction k on parameter ``name``: [numel], a new tensor in
-            float32 or wider, so that a draw doesn't depend on the model's dtype.
+        part: ``part(k, piece)`` is direction k on a piece: [numel], a new tensor in float32 or wider,
+            so that a draw doesn't depend on the model's dtype.
         dual: the same for what the derivative along k multiplies in the estimate.
+        rounded: whether derivatives are along tangents, in theta's dtype.
     """
 
     objective: Objective
     count: int
     part: Part
     dual: Part | None = None
-    rounded: bool = field(default=False, init=False)  # derivatives are along tangents
+    rounded: bool = field(default=False, init=False)
 
     @cached_property
     def dense(self) -> Tensor:
@@ -49,50 +51,76 @@ class Directions:
     def tangents(self, chosen: range) -> Tensor:
         """Some directions, [chosen, d], in theta's dtype: what forward-mode AD needs."""
         rows = self.objective.theta.new_empty(len(chosen), self.objective.d)
-        for name, (start, stop, _) in self.objective.slices.items():
+        for piece in pieces(self.objective):
             for row, k in enumerate(chosen):
-                rows[row, start:stop] = self.part(k, name)
+                rows[row, piece.entries] = self.part(k, piece)
         self.rounded = True
         return rows
 
     def combine(self, weights: Tensor) -> Tensor:
         """sum_k weights_k z'_k [d] in the objective's buffer, summed in float32 or wider."""
-        buffer, slices, dual = self.objective.buffer, self.objective.slices, self.dual or self.part
-        if self.dual is None and "dense" in vars(self):  # as rounded for the derivative
-            return buffer.copy_(_weighted(self._dense_row, weights))
-        if self.dual is None and self.rounded:
-            dual = self._rounded_part
-        for name, (start, stop, _) in slices.items():
-            buffer[start:stop] = _weighted(dual, weights, name)
-        return buffer
-
-    def _dense_row(self, k: int, _: str) -> Tensor:
-        return wide(self.dense[k])
-
-    def _rounded_part(self, k: int, name: str) -> Tensor:
-        return wide(self.part(k, name).to(self.objective.theta.dtype))
+        return Combination(self, weights).whole()
 
     def some(self, first: int, count: int) -> Directions:
         """``count`` of the directions, from ``first`` on."""
-        return Directions(self.objective, count, lambda k, name: self.part(first + k, name))
+        return Directions(self.objective, count, lambda k, piece: self.part(first + k, piece))
 
     def row(self, k: int) -> Tensor:
         """Direction k whole, [d], in float32 or wider: drawn again, or kept where all K are few."""
         dtype = self.objective.theta.dtype
         if dtype == wide_dtype(dtype) and self.count * self.objective.d <= KEPT:
             return self.dense[k]
-        return torch.cat([self.part(k, name) for name in self.objective.slices])
+        return torch.cat([self.part(k, piece) for piece in pieces(self.objective)])
 
 
 KEPT = 2**22  # numbers of directions that are kept instead of drawn again
 
 
-def _weighted(draw: Part, weights: Tensor, name: str = "") -> Tensor:
-    """sum_k weights_k draw(k, name), one term after the other."""
-    total = draw(0, name) * weights[0]
-    for k in range(1, len(weights)):
-        total.add_(draw(k, name) * weights[k])
-    return total
+def pieces(objective: Objective) -> Iterator[Piece]:
+    """All of theta, one piece after the other."""
+    return chain.from_iterable(objective.pieces.values())
+
+
+@dataclass(frozen=True)
+class Combination:
+    """sum_k weights_k z'_k, summed in float32 or wider where it is asked for; weights [K]."""
+
+    directions: Directions
+    weights: Tensor
+
+    def whole(self) -> Tensor:
+        """In the objective's buffer, [d]."""
+        buffer = self.directions.objective.buffer
+        if self._kept:
+            return buffer.copy_(self._sum())
+        for piece, gradient in self.by_piece():
+            buffer[piece.entries] = gradient
+        return buffer
+
+    def by_piece(self) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece with its share, [numel], in theta's dtype."""
+        for piece in pieces(self.directions.objective):
+            yield piece, self._sum(piece).to(self.directions.objective.theta.dtype)
+
+    @property
+    def _kept(self) -> bool:
+        return self.directions.dual is None and "dense" in vars(self.directions)
+
+    def _sum(self, piece: Piece | None = None) -> Tensor:
+        total = self._term(0, piece)
+        for k in range(1, len(self.weights)):
+            total.add_(self._term(k, piece))
+        return total
+
+    def _term(self, k: int, piece: Piece | None) -> Tensor:
+        """Of a direction as it was used for the derivative."""
+        drawn, weight = self.directions, self.weights[k]
+        if piece is None or self._kept:
+            return wide(drawn.dense[k, slice(None) if piece is None else piece.entries]) * weight
+        row = (drawn.dual or drawn.part)(k, piece)
+        if drawn.dual is None and drawn.rounded:
+            row = wide(row.to(drawn.objective.theta.dtype))
+        return row.mul_(weight)
 
 
 class Source(ABC):
@@ -146,15 +174,15 @@ def signs(n: int, generator: torch.Generator, device: torch.device, dtype: torch
 
 
 def independent(objective: Objective, key: Key, entries: Draw = normal) -> Part:
-    """Directions of independent entries; each parameter's share has a key of its own, so that it
-    can be drawn without the others."""
-    places = {name: place for place, name in enumerate(objective.slices)}
+    """Directions of independent entries; each piece has a key of its own, so that it can be drawn
+    without the others."""
     device, dtype = objective.theta.device, wide_dtype(objective.theta.dtype)
 
-    def part(k: int, name: str) -> Tensor:
-        start, stop, _ = objective.slices[name]
-        generator = key.at(k).at(places[name]).generator(device)
-        return entries(stop - start, generator, device, dtype)
+    def part(k: int, piece: Piece) -> Tensor:
+        own = key.at(k)
+        for place in piece.place:
+            own = own.at(place)
+        return entries(piece.size, own.generator(device), device, dtype)
 
     return part
 
@@ -180,9 +208,9 @@ class Sphere(Source):
         part = independent(objective, key)
         scales = []
         for k in range(count):
-            squares = [part(k, name).square().sum() for name in objective.slices]
+            squares = [part(k, piece).square().sum() for piece in pieces(objective)]
             scales.append((objective.d / torch.stack(squares).sum()).sqrt())
-        return Directions(objective, count, lambda k, name: part(k, name).mul_(scales[k]))
+        return Directions(objective, count, lambda k, piece: part(k, piece).mul_(scales[k]))
 
 
 class Orthogonal(Source):
@@ -196,17 +224,11 @@ class Orthogonal(Source):
 
     def draw(self, objective: Objective, key: Key, count: int) -> Directions:
         _at_most_d(count, objective, "orthogonal")
-        entries = independent(objective, key)
-        block = [torch.cat([entries(k, name) for name in objective.slices]) for k in range(count)]
-        frame, corner = torch.linalg.qr(torch.stack(block).T)
+        block = Directions(objective, count, independent(objective, key))
+        frame, corner = torch.linalg.qr(torch.stack([block.row(k) for k in range(count)]).T)
         # QR fixes the signs of R's diagonal arbitrarily; undoing that makes the frame uniform
         rows = (frame * corner.diagonal().sign() * math.sqrt(objective.d)).T
-
-        def part(k: int, name: str) -> Tensor:
-            start, stop, _ = objective.slices[name]
-            return rows[k, start:stop].clone()
-
-        return Directions(objective, count, part)
+        return Directions(objective, count, lambda k, piece: rows[k, piece.entries].clone())
 
 
 class Coordinate(Source):
@@ -222,11 +244,10 @@ class Coordinate(Source):
         chosen = random.Random(key.number).sample(range(objective.d), count)
         theta, scale = objective.theta, math.sqrt(objective.d)
 
-        def part(k: int, name: str) -> Tensor:
-            start, stop, _ = objective.slices[name]
-            z = theta.new_zeros(stop - start, dtype=wide_dtype(theta.dtype))
-            if start <= chosen[k] < stop:
-                z[chosen[k] - start] = scale
+        def part(k: int, piece: Piece) -> Tensor:
+            z = theta.new_zeros(piece.size, dtype=wide_dtype(theta.dtype))
+            if piece.entries.start <= chosen[k] < piece.entries.stop:
+                z[chosen[k] - piece.entries.start] = scale
             return z
 
         return Directions(objective, count, part)
@@ -282,12 +303,7 @@ class Sparse(Source):
     def draw(self, objective: Objective, key: Key, count: int) -> Directions:
         part, mask = independent(objective, key), self.mask
         assert mask is not None
-
-        def masked(k: int, name: str) -> Tensor:
-            start, stop, _ = objective.slices[name]
-            return part(k, name).mul_(mask[start:stop])
-
-        return Directions(objective, count, masked)
+        return Directions(objective, count, lambda k, p: part(k, p).mul_(mask[p.entries]))
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.mask is None:
@@ -314,18 +330,19 @@ class LowRank(Source):
     def draw(self, objective: Objective, key: Key, count: int) -> Directions:
         plain = independent(objective, key)
         lazy = Key(key.seed, key.step - key.step % self.refresh, (*key.path, -2))
-        places = {name: place for place, name in enumerate(objective.slices)}
         device, dtype = objective.theta.device, wide_dtype(objective.theta.dtype)
 
-        def part(k: int, name: str) -> Tensor:
-            size = matrix(objective.slices[name][2])
+        def part(k: int, piece: Piece) -> Tensor:
+            size = matrix(objective.slices[piece.name][2])
             if min(size) <= self.rank:
-                return plain(k, name)
+                return plain(k, piece)
             left, right = (
-                normal(side * self.rank, at.at(k).at(places[name]).generator(device), device, dtype)
+                normal(
+                    side * self.rank, at.at(k).at(piece.place[0]).generator(device), device, dtype
+                )
                 for side, at in zip(size, (key, lazy), strict=True)
             )
-            product = left.view(-1, self.rank) @ right.view(self.rank, -1)
+            product = left.view(-1, self.rank)[piece.rows] @ right.view(self.rank, -1)
             return product.view(-1).div_(math.sqrt(self.rank))
 
         return Directions(objective, count, part)

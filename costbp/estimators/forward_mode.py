@@ -23,6 +23,8 @@ from torch.func import jvp, vmap
 
 from costbp.errors import UserError
 from costbp.estimators.attention import with_tangents
+from costbp.estimators.directions import Directions
+from costbp.estimators.parameter_tangents import derivatives_by_piece
 from costbp.estimators.precision import HALF
 from costbp.objective import Batch, Objective, at_work
 
@@ -117,9 +119,10 @@ def _linear_tangent(
 
 
 def directional_derivatives(
-    objective: Objective, batch: Batch, tangents: Tensor
+    objective: Objective, batch: Batch, tangents: Tensor | Directions
 ) -> tuple[Tensor, Tensor]:
-    """Loss [] and derivatives [K] at theta along ``tangents`` [K, d].
+    """Loss [] and derivatives [K] at theta along ``tangents`` [K, d], or along directions that are drawn
+    for one operator at a time.
 
     One direction is a plain jvp; more are batched over a primal that is computed once. No graph
     is built. Dropout draws one mask, shared by primal and all tangents.
@@ -129,12 +132,11 @@ def directional_derivatives(
             refused beforehand, since their tangent would silently be zero.
     """
     _refuse_quantised(objective.module)
-
-    single = len(tangents) == 1
-
     try:
         with torch.no_grad(), floor_rules():
-            if single:
+            if isinstance(tangents, Directions):
+                return derivatives_by_piece(objective, batch, tangents)
+            if len(tangents) == 1:
                 return _derivative(objective, batch, tangents[0])
             return _derivatives(objective, batch, tangents)
     except (NotImplementedError, RuntimeError) as error:

@@ -14,7 +14,7 @@ from costbp.estimators.base import Estimate, Estimator, Way, wide
 from costbp.estimators.directions import Directions
 from costbp.estimators.memory_plans import blocks
 from costbp.estimators.oracles import Oracle
-from costbp.objective import Batch, Key, Objective
+from costbp.objective import Batch, Key, Objective, Piece
 
 
 @dataclass
@@ -94,11 +94,11 @@ def _by_group(
         squares[group_of[name]] = squares[group_of[name]] + guess[start:stop].square().sum()
     least = torch.finfo(guess.dtype).tiny  # a group without any gradient has no direction
 
-    def part(k: int, name: str) -> Tensor:
-        start, stop, _ = objective.slices[name]
-        if group_of[name] != used[k]:
-            return torch.zeros_like(guess[start:stop])
-        return guess[start:stop] / squares[used[k]].clamp_min(least).sqrt()
+    def part(k: int, piece: Piece) -> Tensor:
+        own = guess[piece.entries]
+        if group_of[piece.name] != used[k]:
+            return torch.zeros_like(own)
+        return own / squares[used[k]].clamp_min(least).sqrt()
 
     return Directions(objective, len(used), part)
 

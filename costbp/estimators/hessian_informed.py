@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from costbp.estimators.base import Difference, Estimate, Estimator, wide_dtype
-from costbp.estimators.directions import Directions, Part, independent
+from costbp.estimators.directions import Directions, Part, independent, pieces
 from costbp.estimators.oracles import Central, losses_at, plain_loss
 from costbp.estimators.precision import computing_in
-from costbp.objective import Batch, Key, Objective
+from costbp.objective import Batch, Key, Objective, Piece
 
 
 @dataclass
@@ -45,9 +45,8 @@ class HessianInformed(Estimator):
             self.inverse = torch.ones_like(theta, dtype=wide_dtype(theta.dtype))
         noise, inverse = independent(objective, key), self.inverse
 
-        def scaled(k: int, name: str) -> Tensor:
-            start, stop, _ = objective.slices[name]
-            return noise(k, name).mul_(inverse[start:stop].rsqrt())
+        def scaled(k: int, piece: Piece) -> Tensor:
+            return noise(k, piece).mul_(inverse[piece.entries].rsqrt())
 
         directions, eps = Directions(objective, 1, scaled), self.how.step
         with objective.noise(key), computing_in(self.how):
@@ -61,9 +60,9 @@ class HessianInformed(Estimator):
 
     def _learn(self, objective: Objective, noise: Part, usable: Tensor, curvature: Tensor) -> None:
         assert self.inverse is not None
-        for name, (start, stop, _) in objective.slices.items():
-            old = self.inverse[start:stop]
-            seen = noise(0, name).square_().mul_(old).mul_(curvature.abs())
+        for piece in pieces(objective):
+            old = self.inverse[piece.entries]
+            seen = noise(0, piece).square_().mul_(old).mul_(curvature.abs())
             seen = torch.where(usable, seen, old)
             old.lerp_(seen, self.smoothing).clamp_(1 / self.limit, self.limit)
 

@@ -47,7 +47,8 @@ class Oracle(Protocol):
 class Exact:
     """Forward-mode AD: K tangents ride on one shared primal pass, ``chunk`` of them at a time.
 
-    Floor: 1 + K forward units for a frozen base with adapters, one more primal per extra chunk.
+    Floor: 1 + K forward units for a frozen base with adapters, one more primal per extra chunk. Where
+    theta is large a parameter's tangent exists one operator at a time, else in [K, d].
     """
 
     chunk: int | None = None
@@ -55,14 +56,18 @@ class Exact:
     def __call__(
         self, objective: Objective, batch: Batch, directions: Directions
     ) -> tuple[Tensor, Tensor]:
-        chunk = self.chunk or directions.count
-        if chunk >= directions.count:
-            loss, derivatives = directional_derivatives(objective, batch, directions.dense)
-            return wide(loss), wide(derivatives)
+        count = directions.count
+        chunk = min(self.chunk or count, count)
         found = []
-        for first in range(0, directions.count, chunk):
-            chosen = range(first, min(first + chunk, directions.count))
-            found.append(directional_derivatives(objective, batch, directions.tangents(chosen)))
+        for first in range(0, count, chunk):
+            chosen = range(first, min(first + chunk, count))
+            along: Tensor | Directions
+            if objective.large:
+                along = directions.some(first, len(chosen))
+                directions.rounded = True
+            else:
+                along = directions.dense if chunk == count else directions.tangents(chosen)
+            found.append(directional_derivatives(objective, batch, along))
         losses, slopes = zip(*found, strict=True)
         return wide(losses[0]), wide(torch.cat(slopes))
 
@@ -85,10 +90,11 @@ def losses_at(
     comes back from a copy; where it isn't, perturbed parameters exist one operator at a time, which
     costs Python in every operator and no second theta. Batched, all sets run as one forward by
     vmap: K times its activations, and much faster where a forward is too small to fill the machine.
-    ``auto`` batches small inputs, where there are several sets. All three give the same numbers
-    but for the order of sums inside products.
+    ``auto`` batches small inputs, where there are several sets and theta isn't large. All three give
+    the same numbers but for the order of sums inside products.
     """
-    if how == "always" or (how == "auto" and directions.count > 1 and positions(batch) <= SMALL):
+    few = directions.count > 1 and positions(batch) <= SMALL and not objective.large
+    if how == "always" or (how == "auto" and few):
         return _batched(objective, batch, directions, steps)
     if objective.d <= FEW or objective.d <= positions(batch) * objective.widest / SHARE:
         return _moving(objective, batch, directions, steps)
@@ -106,7 +112,7 @@ def plain_loss(objective: Objective, batch: Batch) -> Tensor:
 
 
 def _one(objective: Objective, batch: Batch, directions: Directions, k: int, step: float) -> Tensor:
-    with objective.perturbed(lambda name: directions.part(k, name).mul_(step)):
+    with objective.perturbed(lambda piece: directions.part(k, piece).mul_(step)):
         return wide(objective.value(batch))
 
 

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from costbp.estimators.base import Difference
 
@@ -34,17 +35,30 @@ def float32_products() -> Iterator[None]:
     their weights' dtype is. Packed layers unpack into their input's dtype, so they follow."""
     with contextlib.ExitStack() as stack:
         embedding = F.embedding
-        found = {name: _widened(getattr(F, name)) for name in WIDENED}
+        found = {name: _widened(name, getattr(F, name)) for name in WIDENED}
         found["embedding"] = lambda *args, **kwargs: _wide(embedding(*args, **kwargs))
         for name, function in found.items():
             stack.enter_context(mock.patch.object(F, name, function))
         yield
 
 
-def _widened(function: Any) -> Any:
+def _widened(name: str, function: Any) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         return function(*map(_wide, args), **{key: _wide(value) for key, value in kwargs.items()})
 
+    return seen(name, run)  # a mode is to look at parameters as they are held
+
+
+def seen(name: str, rule: Any) -> Any:
+    """A rule of ours in place of an operator, which modes see before it by the operator's name."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if has_torch_function(tensors):
+            return handle_torch_function(run, tensors, *args, **kwargs)
+        return rule(*args, **kwargs)
+
+    run.__name__ = name
     return run
 
 

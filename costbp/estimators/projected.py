@@ -13,7 +13,7 @@ from torch import Tensor
 
 from costbp.errors import UserError
 from costbp.estimators.base import Difference, Estimate, Estimator, Way
-from costbp.estimators.directions import Directions, Source
+from costbp.estimators.directions import Combination, Directions, Source
 from costbp.estimators.oracles import Oracle
 from costbp.objective import Batch, Key, Objective, cut
 
@@ -46,6 +46,7 @@ class Projected(Estimator):
     limit: float | None = None
     groups: int | Literal["examples"] = 1
     divisible = True  # directions that learn from a batch learn from derivatives of its mean loss
+    by_piece = True
 
     @property
     def difference(self) -> Difference | None:
@@ -94,7 +95,7 @@ class Projected(Estimator):
         weights = weights * (self._factor(derivatives, usable) / self.count)
         shared = zip(weights.split(self.count), parts, strict=True)
         weights = torch.cat([weight * share for weight, (share, _) in shared])
-        return Estimate(directions.combine(weights), torch.stack(losses).sum(), derivatives)
+        return Estimate(Combination(directions, weights), torch.stack(losses).sum(), derivatives)
 
     def _factor(self, derivatives: Tensor, usable: Tensor) -> float | Tensor:
         if self.scale == "legacy":

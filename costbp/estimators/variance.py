@@ -92,6 +92,7 @@ def mean_estimate(
         total += estimate.gradient
         losses.append(estimate.loss)
         derivatives.append(estimate.derivatives)
+        del estimate  # with its directions, before the next
     gradient = objective.buffer.copy_(total.div_(len(parts)))
     return Estimate(gradient, torch.stack(losses).mean(), torch.cat(derivatives))
 
@@ -144,10 +145,11 @@ class SVRG(Wrapper):
         assert self.snapshot is not None and self.mu is not None, "no snapshot before this step"
         here = self.inner.estimate(objective, batches, key)  # first: masks follow theta, not w_s
         gradient = here.gradient.clone()
+        here = replace(here, made=gradient)
         with objective.returning():
             objective.theta.copy_(self.snapshot)
             gradient.sub_(self.inner.estimate(objective, batches, key).gradient)
-        return replace(here, gradient=objective.buffer.copy_(gradient.add_(self.mu)))
+        return replace(here, made=objective.buffer.copy_(gradient.add_(self.mu)))
 
     def state_dict(self) -> dict[str, Tensor]:
         own = {"snapshot": self.snapshot, "mu": self.mu}

@@ -35,6 +35,7 @@ from costbp.data.prepare import Prepared
 from costbp.data.stream import BatchStream
 from costbp.device import allocator_peaks, forget_peaks, free, synchronise, to_device
 from costbp.estimators.probe import COARSE, Probe, settle
+from costbp.estimators.update import decide, update
 from costbp.models.loss import LOSSES
 from costbp.models.weights import load_tokenizer
 from costbp.objective import Batch, Key, Objective
@@ -127,6 +128,7 @@ class Run:
         if self.estimator.difference is not None and not spec.task.differentiable:
             self.estimator.difference.eps = self.estimator.difference.eps or COARSE
         self.optimizer = spec.optimizer.build(self.objective.theta)
+        decide(self.objective, self.estimator, self.optimizer)
         self.stream = BatchStream(data.splits["train"], spec.task.batch_size, spec.seed)
         self.state = State()
         self.kept: Tensor | None = None  # theta [d] at the best evaluation
@@ -199,9 +201,7 @@ class Run:
             forget_peaks(self.device)
         start = time.perf_counter()
         estimate = self.estimator.estimate(self.objective, batches, key)
-        self.objective.theta.grad = estimate.gradient
-        self.optimizer.step()
-        figures = estimate.figures
+        figures = update(self.objective, self.optimizer, estimate)
         total = self.objective.theta.sum(dtype=figures.dtype)
         found: list[float] = torch.cat([figures, total.reshape(1)]).tolist()
         state.seconds += time.perf_counter() - start

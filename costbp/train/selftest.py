@@ -26,6 +26,7 @@ from costbp.cost.bench import Bench
 from costbp.device import free, out_of_memory
 from costbp.estimators.memory_plans import PLANS
 from costbp.estimators.probe import settle
+from costbp.estimators.update import update
 from costbp.models.architecture import sample_batch, transformers_config
 from costbp.models.build import build_from_config
 from costbp.objective import Batch, Key, Objective
@@ -145,8 +146,7 @@ def _gradients(entry: ModelEntry, method: MethodEntry, device: torch.device, eps
             batches = [data] * len(estimator.passes(step))
             estimate = estimator.estimate(objective, batches, Key(0, step))
             found.append(estimate.gradient.detach().cpu().clone())
-            objective.theta.grad = estimate.gradient
-            optimizer.step()
+            update(objective, optimizer, estimate)
     return found, eps
 
 
