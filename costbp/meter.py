@@ -15,6 +15,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -46,11 +47,11 @@ class _Storage:
     category: str
 
 
-_TIMES: list[int] = []  # one entry for each ``counted`` block at work
+_TIMES: list[int | Fraction] = []  # one entry for each ``counted`` block at work
 
 
 @contextlib.contextmanager
-def counted(times: int) -> Iterator[None]:
+def counted(times: int | Fraction) -> Iterator[None]:
     """Within the block enclosing meters count FLOPs ``times`` over, for work that stands for as
     many equal pieces; if 0, nothing, memory neither. Meters begun inside count as ever."""
     _TIMES.append(times)
@@ -107,7 +108,7 @@ class Meter(TorchDispatchMode):
             return result
         formula = FLOPS.get(func.overloadpacket)
         if formula is not None:
-            self.flops += times * formula(*args, **kwargs, out_val=result)
+            self.flops += int(times * formula(*args, **kwargs, out_val=result))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor)

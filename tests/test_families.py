@@ -7,7 +7,6 @@ import torch
 
 from benchmarks.families import FAMILIES
 from costbp.errors import UserError
-from costbp.estimators import forward_mode
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.guess import LocalGuess
@@ -97,16 +96,13 @@ def test_bfloat16_forward_mode_is_near_float32(family):
 
 
 @families
-def test_fused_attention_runs_unfused_and_says_so_once(family, capsys):
-    forward_mode._notice_fused_attention.cache_clear()
-    objective, data = small_model(family, attention="sdpa")
-    _, gradient = reference(objective, data)
-    for count in (1, 2):
-        directions = Gaussian().draw(objective, KEY, count)
-        with Lift64():
-            _, derivatives = Exact()(objective, data, directions)
-        assert distance(derivatives, directions.dense @ gradient) < 1e-12
-    assert capsys.readouterr().err.count("notice: fused attention has no forward-mode rule") == 1
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_fused_attention_gives_the_gradient_of_eager(family, train):
+    models = {a: small_model(family, train=train, attention=a) for a in ("sdpa", "eager")}
+    data = models["eager"][1]
+    (loss, gradient), (wanted, slope) = (reference(model, data) for model, _ in models.values())
+    assert distance(loss, wanted) < 1e-13
+    assert distance(gradient, slope) < 1e-12
 
 
 # --- dropout -----------------------------------------------------------------------------------

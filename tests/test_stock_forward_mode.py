@@ -25,13 +25,14 @@ from torch.func import jvp
 from torch.utils.flop_counter import FlopCounterMode
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.oracles import Exact
+from costbp.meter import Meter
 from costbp.objective import Key
 from tests.small import small_model
 
 torch.set_num_threads(1)
 problems = {}
 for family in sys.argv[1:]:
-    objective, data = small_model(family, torch.float32)
+    objective, data = small_model(family, torch.float32, attention="eager")
     problems[family] = objective, data, Gaussian().draw(objective, Key(7, 3), 1)
 
 def counted(run):
@@ -50,6 +51,10 @@ def stock(family):
     return counted(lambda: jvp(at, (objective.theta,), (z.dense[0],))[1])
 
 found = {family: {"ours": ours(family), "untaught": stock(family)} for family in problems}
+for family, (_, data, z) in problems.items():
+    with Meter() as meter:
+        _, slope = Exact()(small_model(family, torch.float32)[0], data, z)
+    found[family]["fused"] = meter.flops, float(slope)
 
 def zero(like, *shape):
     return torch._efficientzerotensor(shape, dtype=like.dtype, device=like.device)
@@ -87,8 +92,11 @@ def test_linear_layers_are_at_the_floor_of_stock_forward_mode(family, counts):
         k: v for k, v in taught.items() if k in linear
     }
     assert untaught["mm"] > 1.3 * ours["mm"]  # what there was to save
-    # Keys of the first adapted block carry no tangent; our rules leave attention alone, so that
-    # there queries meet a zero: 2 rows x 2 heads of 8 x 16 by 16 x 8.
+    # Keys of the first adapted block carry no tangent; our rules leave eager attention alone, so
+    # that there queries meet a zero: 2 rows x 2 heads of 8 x 16 by 16 x 8.
     assert ours["bmm"] - taught["bmm"] == 2 * 4 * 8 * 16 * 8
+    fused, slope = counts[family]["fused"]  # whose rule meets none
+    assert slope == pytest.approx(wanted, rel=1e-4)
+    assert fused == sum(taught.values())
     others = set(ours) - linear - {"bmm"}
     assert {k: ours[k] for k in others} == {k: taught[k] for k in others}

@@ -65,8 +65,8 @@ class Source(Strict):
     group: int = Field(128, ge=2, description="Weights that share a scale, where packed.")
     attention: Literal["sdpa", "eager"] = Field(
         "sdpa",
-        description="`sdpa`: fused, in memory that grows with the length; `eager`: keeps the scores of "
-        "every pair of tokens.",
+        description="`sdpa`: fused, in memory that grows with the length, where transformers has it for "
+        "the model (else `eager`, and a notice); `eager`: keeps the scores of every pair of tokens.",
     )
     image_side: int = Field(280, ge=8, description="Images are shrunk to as many pixels squared.")
     chat: bool = Field(False, description="Prompts go through the tokenizer's chat template.")
@@ -149,6 +149,8 @@ class ConfigSource(Source):
     def _is_typed(self) -> Self:
         if not isinstance(self.config.get("model_type"), str):
             raise ValueError("config.model_type must say which architecture it is")
+        if self.loss_chunk is not None and self.form == "classifier":
+            raise ValueError("loss_chunk splits the logits of tokens, which a classifier has not")
         return self
 
 

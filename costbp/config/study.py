@@ -31,9 +31,9 @@ from costbp.config.sources import TRACED, ConfigSource, FolderSource, HubSource
 from costbp.config.tuning import Choice, Choices, Setting, Trial, Tuned, Tuning, with_eps
 from costbp.files import digest
 
-FORMAT = 8  # raised when the meaning of a run changes, so that old records are not mistaken for new
+FORMAT = 9  # raised when the meaning of a run changes, so that old records are not mistaken for new
 LONGEST = 200  # characters of a file's name, which a file system has 255 for
-COSTS = 3  # the same for what is measured of a step's cost
+COSTS = 4  # the same for what is measured of a step's cost
 
 
 class Cell(NamedTuple):

@@ -9,7 +9,6 @@ is computed. No module is changed.
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 import weakref
 from collections.abc import Iterator
@@ -21,10 +20,9 @@ import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from costbp.console import say
 from costbp.errors import UserError
+from costbp.estimators.attention import with_tangents
 from costbp.estimators.precision import HALF
 from costbp.objective import Batch, Objective, at_work
 
@@ -38,7 +36,7 @@ def floor_rules() -> Iterator[None]:
     by these names. Nothing else is intercepted: a mode that sees every operator costs more Python than
     a small layer's arithmetic.
     """
-    linear, layer_norm, attention = F.linear, F.layer_norm, F.scaled_dot_product_attention
+    linear, layer_norm = F.linear, F.layer_norm
 
     def floor_linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Any:
         of = [None if t is None else fwad.unpack_dual(t).tangent for t in (x, w, b)]
@@ -55,12 +53,9 @@ def floor_rules() -> Iterator[None]:
         primal, tangent = fwad.unpack_dual(result)  # its tangent is float32
         return result if tangent is None else fwad.make_dual(primal, tangent.to(primal.dtype))
 
-    def unfused(*args: Any, **kwargs: Any) -> Any:
-        _notice_fused_attention()
-        return attention(*args, **kwargs)
-
+    attention = with_tangents(F.scaled_dot_product_attention)
     functions = {"linear": floor_linear, "layer_norm": same_dtype}
-    functions["scaled_dot_product_attention"] = unfused
+    functions["scaled_dot_product_attention"] = attention
     with contextlib.ExitStack() as stack:
         for name, function in functions.items():
             stack.enter_context(mock.patch.object(F, name, function))
@@ -138,8 +133,7 @@ def directional_derivatives(
     single = len(tangents) == 1
 
     try:
-        # the fused attention kernel has no forward rule
-        with torch.no_grad(), floor_rules(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), floor_rules():
             if single:
                 return _derivative(objective, batch, tangents[0])
             return _derivatives(objective, batch, tangents)
@@ -163,11 +157,6 @@ def _derivatives(objective: Objective, batch: Batch, tangents: Tensor) -> tuple[
 
     axes: Any = (None, 0)  # one loss, a derivative per tangent
     return vmap(along, out_dims=axes, randomness="same")(tangents)
-
-
-@functools.cache
-def _notice_fused_attention() -> None:
-    say("notice: fused attention has no forward-mode rule; FmAD runs its unfused form instead")
 
 
 _LOOKED_AT: weakref.WeakSet[nn.Module] = weakref.WeakSet()

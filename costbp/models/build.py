@@ -93,6 +93,9 @@ def build_from_config(
     Args:
         classes: of a classifier.
         adapters_at_zero: start LoRA's second factor at zero, as in training.
+
+    Raises:
+        UserError: the model can't be made, or not with the source's ``bits`` or ``loss_chunk``.
     """
     config = transformers_config(source.config, classes)
     if source.form == "classifier" and config.pad_token_id is None:
@@ -101,13 +104,23 @@ def build_from_config(
     if source.bits is not None:  # whatever the packing: all take about as many bytes
         replace_packed(base, partial(QuantisedLinear, group=source.group))
     made = _finished(base, source.form, train, classes, adapters_at_zero)
-    if source.loss_chunk is not None and isinstance(made, Transformer) and made.vocabulary:
+    if source.loss_chunk is not None:
         whole: Any = made.model
         if isinstance(train, LoraTraining):
             whole = whole.get_base_model()
-        head = whole.get_output_embeddings()
-        made = ChunkedLoss(whole.model, head, source.loss_chunk, made.vocabulary)
+        _refuse_changed_logits(whole.config.get_text_config())
+        parts = whole.base_model, whole.get_output_embeddings()
+        made = ChunkedLoss(*parts, source.loss_chunk, config.get_text_config().vocab_size)
     return Objective(made.train(), cross_entropy)
+
+
+def _refuse_changed_logits(config: Any) -> None:
+    for name, value in config.to_dict().items():
+        if "logit" in name and type(value) in (int, float) and value != 1:
+            raise UserError(
+                f"source.loss_chunk: a '{config.model_type}' model changes what its head puts out "
+                f"({name} = {value}): leave loss_chunk out"
+            )
 
 
 def _finished(

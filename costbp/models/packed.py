@@ -18,6 +18,8 @@ from costbp.models.trainable import HEADS
 VISION = "visual"
 NF4_BLOCK = 64  # weights that share a scale (Dettmers et al. 2023, section 3)
 PER_WORD = 8  # 4-bit values in a 32-bit word
+SAME = ("FalconLinear",)  # of transformers: computes what nn.Linear does in operators of its own
+FEW = 0.05  # of the weights, which may stay: a router's, a short convolution's
 
 
 class PackedLinear(nn.Linear, ABC):
@@ -180,12 +182,37 @@ class GptqLinear(PackedLinear):
 def is_packed(name: str, layer: nn.Module) -> bool:
     """Whether a 4-bit base packs the layer of this dotted name: linear layers but for heads, which
     may be trained, and the vision tower, which the 4-bit releases leave as it is."""
-    return type(layer) is nn.Linear and not {*HEADS, VISION} & set(name.split("."))
+    linear = type(layer) is nn.Linear or type(layer).__name__ in SAME
+    return linear and not _stays(name)
+
+
+def _stays(name: str) -> bool:
+    return bool({*HEADS, VISION} & set(name.split(".")))
 
 
 def packed_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The layers that a 4-bit base packs, and has not yet, with their dotted names."""
-    return [(n, cast(nn.Linear, m)) for n, m in model.named_modules() if is_packed(n, m)]
+    """The layers that a 4-bit base packs, and has not yet, with their dotted names.
+
+    Raises:
+        UserError: much of what would be packed isn't in linear layers.
+    """
+    found, packed, others = [], 0, {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            packed += layer.in_features * layer.out_features
+        elif is_packed(name, layer):
+            found.append((name, cast(nn.Linear, layer)))
+            packed += found[-1][1].weight.numel()
+        elif not (_stays(name) or isinstance(layer, nn.Embedding)):
+            own = [p.numel() for p in layer.parameters(recurse=False) if p.ndim > 1]
+            others[f"'{name}' ({type(layer).__name__})"] = sum(own)
+    if (left := sum(others.values())) > FEW * (packed + left):
+        raise UserError(
+            f"source.bits = 4 packs linear layers, and {100 * left / (packed + left):.0f} % of the "
+            f"weights that it should are elsewhere, as in {max(others, key=others.__getitem__)}: "
+            "leave source.bits out"
+        )
+    return found
 
 
 def replace_packed(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:

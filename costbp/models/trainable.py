@@ -13,7 +13,12 @@ from costbp.errors import UserError
 from costbp.models.libraries import with_transformers
 from costbp.models.prefix import places, stack
 
-HEADS = ("classifier", "score", "lm_head")  # trained in full beside adapters, never packed
+HEADS = (
+    "classifier",
+    "score",
+    "lm_head",
+    "embed_out",
+)  # trained in full beside adapters, never packed
 
 
 def head_name(model: nn.Module) -> str:

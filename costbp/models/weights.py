@@ -3,6 +3,7 @@ asset's, the hub's, one's own), or drawn at random."""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from costbp.config.sources import (
     RandomSource,
     Source,
 )
+from costbp.console import say
 from costbp.device import out_of_memory
 from costbp.errors import UserError, first_line
 from costbp.models.architecture import REQUIRED, transformers_config
@@ -173,7 +175,7 @@ def randomly_drawn(source: Source, config: Any) -> Any:
     device, not packed."""
     with with_transformers():
         try:
-            return _kind(source).from_config(config, **_options(source))
+            return _said(source, _kind(source).from_config(config, **_options(source)))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"source.config of a '{config.model_type}' model: {type(error).__name__}: "
@@ -204,7 +206,7 @@ def _read(
                 options["quantization_config"] = packing
             elif packing is not None:
                 config.quantization_config = packing.to_dict()
-            return _kind(source).from_pretrained(folder, **SAFE, **options)
+            return _said(source, _kind(source).from_pretrained(folder, **SAFE, **options))
         except UserError as error:
             raise UserError(f"model '{model.label}': {folder}: {error}") from None
         except Exception as error:  # of transformers, safetensors, pickle, or a layer of ours
@@ -227,7 +229,20 @@ def _kind(source: Source) -> Any:
 
 
 def _options(source: Source) -> dict[str, Any]:
-    return {"attn_implementation": source.attention, "dtype": getattr(torch, source.dtype)}
+    attention = None if source.attention == "sdpa" else source.attention  # None: sdpa, else eager
+    return {"attn_implementation": attention, "dtype": getattr(torch, source.dtype)}
+
+
+def _said(source: Source, model: Any) -> Any:
+    """The model; where its attention isn't as asked for, with a notice."""
+    if model.config._attn_implementation != source.attention:
+        _notice_attention(model.config.model_type, model.config._attn_implementation)
+    return model
+
+
+@functools.cache
+def _notice_attention(model_type: str, attention: str) -> None:
+    say(f"notice: transformers has no fused attention for '{model_type}' models; it is {attention}")
 
 
 # weights are safetensors, or a state dict that holds tensors and nothing else
