@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,6 +49,25 @@ class _Storage:
     category: str
 
 
+@dataclass(frozen=True)
+class Timeline:
+    """The storages of a computation in the order in which they came.
+
+    Attributes:
+        sizes: bytes of each, [n].
+        died: number of the last storage that came while each was there, [n].
+    """
+
+    sizes: NDArray[np.float64]
+    died: NDArray[np.int64]
+
+    @property
+    def peak(self) -> float:
+        """Largest number of bytes that were there at once."""
+        gone = np.bincount(self.died + 1, self.sizes, len(self.sizes) + 1)
+        return float(np.cumsum(self.sizes - gone[:-1]).max(initial=0))
+
+
 _TIMES: list[int | Fraction] = []  # one entry for each ``counted`` block at work
 
 
@@ -61,7 +82,16 @@ def counted(times: int | Fraction) -> Iterator[None]:
         _TIMES.pop()
 
 
-class Meter(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """A dispatch mode of ours: compiled programs are none of its business, and the wrapper that keeps
+    the compiler out would take a tenth of a trace."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Meter(Mode):
     """Counts FLOPs, and bytes of storages created, within the block.
 
     Args:
@@ -103,14 +133,14 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        times = math.prod(_TIMES[self._depth :])
+        times = math.prod(_TIMES[self._depth :]) if _TIMES else 1
         if not times:
             return result
         formula = FLOPS.get(func.overloadpacket)
         if formula is not None:
             self.flops += int(times * formula(*args, **kwargs, out_val=result))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(tensor, Tensor):
                 self._see(tensor)
         return result
 
@@ -155,3 +185,10 @@ class Meter(TorchDispatchMode):
             if entry.born <= self._peak_at and (entry.died is None or entry.died >= self._peak_at):
                 found[entry.category] = found.get(entry.category, 0) + entry.size
         return found
+
+    def timeline(self) -> Timeline:
+        """What came and went, to be computed with."""
+        last = len(self._all) - 1
+        died = [last if entry.died is None else entry.died for entry in self._all]
+        sizes = np.array([entry.size for entry in self._all], np.float64)
+        return Timeline(sizes, np.array(died, np.int64))

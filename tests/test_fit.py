@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from benchmarks.families import family_source
+from costbp.config.load import overlaid
 from costbp.cost.bench import Bench, entry_from_config
-from costbp.cost.fit import Fitting, cheapest_plan, largest, models_that_fit
+from costbp.cost.fit import Fitting, between, cheapest_plan, largest, models_that_fit
 from costbp.cost.products import products, shares
 from costbp.errors import UserError
 from costbp.models.architecture import transformers_config
@@ -41,26 +42,76 @@ def test_the_largest_that_fits(bytes_at, limit, expected, calls):
     assert expected == max((n for n in range(1, 4097) if bytes_at(n) <= limit), default=0)
 
 
-def test_what_fits_is_the_last_that_does(plan):
+FITTED = (
+    "bp_vanilla",
+    "bp_selective",
+    "bp_checkpointing",
+    "fmad_multiple",
+    "zo_vanilla",
+    "zo_svrg",
+)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_what_fits_is_the_last_that_does(family, attention, plan):
+    bench = Bench(overlaid(small(family), {"source.attention": attention}, "test"))
+    methods = {name: plan.catalog.methods[name] for name in FITTED}
+    for name, method in methods.items():
+        search = Fitting(bench, methods)
+        limit = bench.trace(method, 9, 24).bytes + 100
+        found = search.fit(name, "1GB", limit, (2, 16))
+        assert len(search._known) == 3, name  # as wanted, and two near the answers
+        batch, length = found.batch, found.length
+        assert bench.trace(method, batch, 16).bytes <= limit, name
+        assert bench.trace(method, batch + 1, 16).bytes > limit, name
+        assert bench.trace(method, 2, length).bytes <= limit, name
+        assert bench.trace(method, 2, length + 8).bytes > limit, name
+    cost = bench.cost(name, method, 2, 16)
+    assert found.bytes == cost.bytes and math.isclose(found.units, cost.forward_units)
+
+
+@pytest.mark.parametrize("tokens", [24, 10_000])
+def test_what_fits_is_what_trying_all_finds(tokens, plan):
+    """Also where the order of storages depends on the length, since logits come in chunks."""
+    method = {"bp_checkpointing": plan.catalog.methods["bp_checkpointing"]}
+    bench = Bench(overlaid(small("llama"), {"source.loss_chunk": tokens}, "test"))
+    limit = bench.trace(method["bp_checkpointing"], 3, 24).bytes
+    found = Fitting(bench, method).fit("bp_checkpointing", "1GB", limit, (2, 16))
+
+    def fits(batch, length):
+        return bench.trace(method["bp_checkpointing"], batch, length).bytes <= limit
+
+    assert found.batch == max(n for n in range(1, 8) if fits(n, 16)) < 7
+    assert found.length == max(8 * n for n in range(1, 9) if fits(2, 8 * n)) < 64
+
+
+def test_a_curve_is_exact_between_and_beyond(plan):
+    """Where no kernel pads: the memory-efficient one keeps a number a row of 32 places."""
+    entry = overlaid(small("llama"), {"source.attention": "eager"}, "test")
+    bench, method = Bench(entry), plan.catalog.methods["bp_checkpointing"]
+    one, other = bench.trace(method, 2, 16), bench.trace(method, 2, 32)
+    curve = between(one, 16, other, 32)
+    for length in (8, 40, 96):
+        assert curve(length) == bench.trace(method, 2, length).bytes
+    another = bench.trace(plan.catalog.methods["bp_vanilla"], 2, 32)
+    assert between(one, 16, another, 32) is None
+
+
+def test_the_cheapest_backpropagation_that_fits(plan):
     bench = Bench(small("llama"))
-    search = Fitting(bench, plan.catalog.methods)
-    weights = bench.cost("zo_vanilla", plan.catalog.methods["zo_vanilla"], 1, 8).weights_bytes
-    limit = weights + 2**20
-    shape = (2, 16)
-
-    def bytes_at(name, batch, length):
-        return search.cost(name, batch, length).bytes
-
-    for name in ("bp_checkpointing", "zo_vanilla"):
-        found = search.fit(name, "1GB", limit, shape)
-        assert bytes_at(name, found.batch, 16) <= limit < bytes_at(name, found.batch + 1, 16)
-        assert bytes_at(name, 2, found.length) <= limit < bytes_at(name, 2, found.length + 8)
     names = ("bp_vanilla", "bp_checkpointing", "zo_vanilla")
-    found = [search.fit(name, "1GB", limit, shape, lengths=False) for name in names]
-    assert cheapest_plan(plan, found, limit).method == "bp_vanilla"
-    tight = (bytes_at("bp_checkpointing", 2, 16) + bytes_at("bp_vanilla", 2, 16)) / 2
-    assert cheapest_plan(plan, found, tight).method == "bp_checkpointing"
-    assert cheapest_plan(plan, found, weights) is None
+    search = Fitting(bench, plan.catalog.methods)
+    needs = {name: search.trace(name, (2, 16)).bytes for name in names}
+    limits = {
+        "bp_vanilla": needs["bp_vanilla"],
+        "bp_checkpointing": needs["bp_vanilla"] - 1,
+        None: needs["bp_checkpointing"] - 1,
+    }
+    for wanted, limit in limits.items():
+        found = [search.fit(name, "1GB", limit, (2, 16), lengths=False) for name in names]
+        best = cheapest_plan(plan, found, limit)
+        assert (best and best.method) == wanted
 
 
 def test_models_are_listed_by_size(plan):
@@ -146,6 +197,50 @@ def test_an_unreadable_configuration(tmp_path):
         transformers_config({})
     with pytest.raises(UserError, match="'lama' is unknown"):
         transformers_config({"model_type": "lama"})
+
+
+SIZED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 24, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "form", "targets"),
+    [
+        ("bert", "BertModel", "classifier", ("query", "value")),
+        ("roberta", "RobertaForMaskedLM", "classifier", ("query", "value")),
+        ("bert", "BertLMHeadModel", "causal", ("query", "value")),
+        ("modernbert", "ModernBertForMaskedLM", "classifier", ("Wqkv",)),
+        ("llama", "LlamaForSequenceClassification", "classifier", ("q_proj", "v_proj")),
+        ("llama", "LlamaForCausalLM", "causal", ("q_proj", "v_proj")),
+        ("falcon", "FalconForCausalLM", "causal", ("query_key_value",)),
+        ("phi3", "Phi3ForCausalLM", "causal", ("qkv_proj",)),
+        ("gpt2", "GPT2LMHeadModel", "causal", ("c_attn",)),
+    ],
+)
+def test_a_configuration_decides_on_form_and_adapters(kind, architecture, form, targets, tmp_path):
+    values = {"model_type": kind, "architectures": [architecture], "dtype": "float32"}
+    values |= GPT2 if kind == "gpt2" else {**SIZED, "intermediate_size": 64}
+    values |= {f"{name}_token_id": 1 for name in ("pad", "bos", "eos", "cls", "sep")}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    entry = entry_from_config(tmp_path)
+    assert (entry.source.form, entry.train.targets) == (form, targets)
+    bench = Bench(entry)
+    adapters = [name for name in bench.objective.slices if "lora_A" in name]
+    assert len(adapters) == 2 * len(targets)
+    assert {name.split(".lora_A")[0].split(".")[-1] for name in adapters} == set(targets)
+    if kind == "gpt2":
+        with pytest.raises(UserError, match="length 32 exceeds the model's maximum of 24 tokens"):
+            bench.sample(2, 32)
+
+
+def test_adapters_that_nobody_knows(tmp_path, capsys):
+    values = {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], **SIZED}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    targets = entry_from_config(tmp_path).train.targets
+    assert {"q_a_proj", "kv_b_proj", "o_proj", "up_proj"} < set(targets)
+    assert "they go to q_a_proj, " in capsys.readouterr().err
+    with pytest.raises(UserError, match="linear layers are called query, key, value, dense"):
+        Bench(small("bert", lora("llama")))
 
 
 def test_shares_of_the_rule_of_thumb(plan):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -21,22 +21,26 @@ from costbp.errors import UserError
 
 if TYPE_CHECKING:
     from costbp.config.entries import Strict
+    from costbp.config.profiles import Profile
     from costbp.cost.record import CostRecord, Fit, Needs
 
+OF_PROFILES = "profile."  # prefix of settings that belong to the profile
 ALIASES = {"lora.r": "train.rank", "lora.rank": "train.rank", "lora.alpha": "train.alpha"}
 
-Sized = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", help="Name in models.yaml, or a `config.json` in the hub's format."
-    ),
-]
 Methods = Annotated[
     str, typer.Option("--method", "-M", help="Comma-separated names; default: the study's.")
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A key of the model's entry, as lora.r=8 or source.bits=null."),
+]
+Profiled = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        help="Whose training loop, of profiles.yaml: hf_trainer, litgpt, torchtune, ...; default: this "
+        "package's.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="A list of objects on stdout.")]
 Device = Annotated[
@@ -48,7 +52,12 @@ BATCH, SEQ = 8, 64  # the study's length; a batch between those of its tasks
 
 @app.command()
 def cost(
-    model: Sized,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Name in models.yaml, or a `config.json` in the hub's format."
+        ),
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option("--task", "-t", help="Measure on its data, or trace batches of its shape."),
@@ -61,7 +70,14 @@ def cost(
         int | None, typer.Option(min=2, help="Tokens an example; default: the task's, or 64.")
     ] = None,
     device: Device = None,
+    profile: Profiled = None,
     settings: Settings = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Predict what others have measured, and score it.")
+    ] = False,
+    rows: Annotated[
+        Path | None, typer.Option(help="Another table of published rows, of the same columns.")
+    ] = None,
     config: Config = None,
     plan: Frozen = None,
     out: Out = None,
@@ -72,14 +88,23 @@ def cost(
     Models with a configuration (the study's nine, or any `config.json`) are traced at full size
     without weights. Models with weights are measured on a task's batches on the CPU.
     """
+    if published:
+        from costbp.cli.published import show_published
+
+        show_published(load(config, plan), rows, as_json)
+        return
+    if model is None:
+        raise UserError("name a --model, or ask for --published")
     from costbp.cost.bench import Bench
     from costbp.cost.pairs import pair_costs, traceable
 
     study = load(config, plan)
+    loop, settings = profiled(study, profile, settings)
     entry = model_entry(study, model, settings)
     if task is not None:
         known(study, "tasks", task)
     given = {"--batch": batch, "--seq": seq, "--device": device, "--set": settings}
+    given["--profile"] = profile
     changed = [name for name, value in given.items() if value is not None and value != []]
     shaped = traceable(entry, study.study.paths.cache / "assets")
     if task is not None and not changed and model in study.catalog.models:
@@ -89,7 +114,10 @@ def cost(
         shape = study.catalog.tasks[task] if task else None
         size = batch or (shape.batch_size if shape else BATCH)
         length = seq or (shape.max_length if shape else SEQ)
-        bench, methods = Bench(shaped, device or "meta", name=model), study.catalog.methods
+        bench, methods = (
+            Bench(shaped, device or "meta", name=model, profile=loop),
+            study.catalog.methods,
+        )
         records = [
             bench.cost(name, methods[name], size, length, task=task)
             for name in track(wanted(study, method), f"tracing {model}")
@@ -128,13 +156,39 @@ def model_entry(study: Plan, name: str, settings: Sequence[str] | None) -> Model
     else:
         known(study, "models", name)
         entry = study.catalog.models[name]
+    given = {ALIASES.get(key, key): value for key, value in parsed(settings or ()).items()}
+    return overlaid(entry, given, "--set") if given else entry
+
+
+def profiled(
+    study: Plan, name: str | None, settings: Sequence[str] | None
+) -> tuple[Profile | None, list[str]]:
+    """The profile of a name with the settings that are its own (`profile.foreach=true`), and the rest."""
+    own = [s for s in settings or () if s.startswith(OF_PROFILES)]
+    rest = [s for s in settings or () if s not in own]
+    if name is None:
+        if own:
+            raise UserError(f"--set {own[0]}: names no --profile that it is a setting of")
+        return None, rest
+    known(study, "profiles", name)
+    given = {key.removeprefix(OF_PROFILES): value for key, value in parsed(own).items()}
+    profile = study.catalog.profiles[name]
+    return overlaid(profile, given, "--set") if given else profile, rest
+
+
+def parsed(settings: Sequence[str]) -> dict[str, Any]:
+    """Values by key.
+
+    Raises:
+        UserError: one is not KEY=VALUE.
+    """
     given = {}
-    for setting in settings or ():
+    for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
             raise UserError(f"--set {setting}: wants KEY=VALUE, as lora.r=8")
-        given[ALIASES.get(key, key)] = yaml.safe_load(text)
-    return overlaid(entry, given, "--set") if given else entry
+        given[key] = yaml.safe_load(text)
+    return given
 
 
 def wanted(study: Plan, text: str, default: Sequence[str] = ()) -> list[str]:
@@ -191,6 +245,7 @@ def fit(
     batch: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = BATCH,
     seq: Annotated[int, typer.Option(min=2, help="Tokens an example.")] = SEQ,
     reserve: Annotated[str, typer.Option(help="What driver and others take.")] = "0.5GB",
+    profile: Profiled = None,
     lengths: Annotated[bool, typer.Option(help="Search the largest length, too.")] = True,
     settings: Settings = None,
     config: Config = None,
@@ -203,8 +258,12 @@ def fit(
     Without --model: which of the catalog's models each method can train at all. Bytes are those
     of a trace without weights (`costbp cost`); fragmentation is not among them.
     """
-    from costbp.cost.bench import Bench
-    from costbp.cost.fit import Fitting, models_that_fit
+    from costbp.models.libraries import with_transformers
+
+    with with_transformers():
+        from costbp.cost.bench import Bench
+        from costbp.cost.fit import Fitting, models_that_fit
+        from costbp.cost.pairs import traceable
 
     study = load(config, plan)
     names = wanted(study, method)
@@ -219,7 +278,9 @@ def fit(
         )
         hand_out(needs, out, as_json, lambda: show_models(needs, names, limits, shape))
         return
-    search = Fitting(Bench(model_entry(study, model, settings), name=model), methods)
+    entry = model_entry(study, model, settings)
+    entry = traceable(entry, study.study.paths.cache / "assets") or entry
+    search = Fitting(Bench(entry, name=model), methods)
     fits = [
         search.fit(name, card, limit, shape, lengths)
         for name in track(names, f"fitting {model}")

@@ -10,6 +10,7 @@ from costbp.config.costs import card_bytes
 from costbp.config.entries import Entry, EntryName, Seed, Strict
 from costbp.config.loaders import Classification, Loader
 from costbp.config.methods import MethodEntry
+from costbp.config.profiles import Profile
 from costbp.config.sources import (
     AssetSource,
     ConfigSource,
@@ -374,3 +375,4 @@ class Catalog(Strict):
     tasks: dict[EntryName, TaskEntry]
     budgets: dict[EntryName, BudgetEntry]
     assets: dict[EntryName, AssetEntry]
+    profiles: dict[EntryName, Profile]

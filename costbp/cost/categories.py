@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from costbp.meter import TEMPORARY, Meter
 from costbp.objective import Batch, Objective
 
-SAVED, TANGENTS, DIRECTIONS, LOGITS = (
-    *("saved activations", "tangents", "directions", "logits and loss"),
+SAVED, TANGENTS, DIRECTIONS, LOGITS, GRADIENTS = (
+    *("saved activations", "tangents", "directions", "logits and loss", "gradients"),
 )
 STEP = (SAVED, TANGENTS, DIRECTIONS, LOGITS, TEMPORARY)  # what a step creates
 
@@ -76,7 +76,8 @@ class Categories(TorchFunctionMode):
         return DIRECTIONS if last == self.objective.d else TEMPORARY
 
     def _named_loss(self, output: Tensor, batch: Batch) -> Tensor:
-        self.meter.mark(_plain(output), LOGITS)
+        if isinstance(output, Tensor):  # parts are told by their width
+            self.meter.mark(_plain(output), LOGITS)
         self._in_loss = True
         try:
             return self._loss(output, batch)

@@ -6,35 +6,40 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from costbp.config.catalog import ModelEntry
 from costbp.config.methods import BackpropSpec, MethodEntry
 from costbp.config.study import Plan
-from costbp.cost.bench import Bench
-from costbp.cost.record import CostRecord, Fit, Needs
+from costbp.cost.bench import Bench, Trace
+from costbp.cost.record import Fit, Needs
+from costbp.meter import Timeline
 
 STEP = 8  # tokens: the grain in which lengths are searched
 Shape = tuple[int, int]  # examples a batch, tokens an example
 LARGEST = 2**16  # a batch beyond this is no longer a question of memory
 
 
-def largest(bytes_at: Callable[[int], float], limit: float, most: int) -> int:
+def largest(
+    bytes_at: Callable[[int], float], limit: float, most: int, guesses: Sequence[int] = (1, 2)
+) -> int:
     """The largest n in 1..most with ``bytes_at(n) <= limit``; 0 if there is none.
 
-    ``bytes_at`` must not fall with n. Each guess is where the parabola through the last three
-    points (at first the line through two) meets the limit: bytes are affine in the batch and, where
-    attention is written out, quadratic in the length, so about six calls decide.
+    ``bytes_at`` must not fall with n. After two guesses each is where the parabola through the last
+    three points (at first the line through two) meets the limit: bytes are affine in the batch and,
+    where attention is written out, quadratic in the length, so about six calls decide.
     """
     fits, failed = 0, most + 1
     points: dict[int, float] = {}
-    guess = 1
     while failed - fits > 1:
+        asked = len(points)
+        guess = guesses[asked] if asked < 2 else _crossing(list(points.items())[-3:], limit)
         guess = min(max(guess, fits + 1), failed - 1)
         points[guess] = bytes_at(guess)
         if points[guess] <= limit:
             fits = guess
         else:
             failed = guess
-        guess = 2 if len(points) == 1 else _crossing(list(points.items())[-3:], limit)
     return fits
 
 
@@ -53,44 +58,87 @@ def _crossing(points: Sequence[tuple[int, float]], limit: float) -> int:
     return n + math.floor(2 * (limit - at_n) / (linear + math.sqrt(root)) + 1e-9)
 
 
+def between(one: Trace, n: int, other: Trace, m: int) -> Callable[[float], float] | None:
+    """Bytes at the peak as a function of what was ``n`` and ``m`` in two traces; None where their
+    storages don't come and go in the same order.
+
+    Each storage's size is affine, or quadratic without further terms, as scores of attention are in
+    the length; their sum's largest value over time is the peak.
+    """
+    pairs = list(zip(one.timelines, other.timelines, strict=False))
+    same = len(one.timelines) == len(other.timelines)
+    if not (same and all(np.array_equal(a.died, b.died) for a, b in pairs)):
+        return None
+
+    def peak(a: Timeline, b: Timeline, x: float) -> float:
+        quadratic = (a.sizes > 0) & np.isclose(b.sizes * n**2, a.sizes * m**2, 1e-12, 0)
+        straight = a.sizes + (b.sizes - a.sizes) * (x - n) / (m - n)
+        return Timeline(np.where(quadratic, a.sizes * (x / n) ** 2, straight), a.died).peak
+
+    return lambda x: one.resident + max(peak(a, b, x) for a, b in pairs)
+
+
 @dataclass
 class Fitting:
     """Searches on one bench; a step is traced once per method, batch and length."""
 
     bench: Bench
     methods: Mapping[str, MethodEntry]
-    _known: dict[tuple[str, int, int], CostRecord] = field(default_factory=dict)
+    _known: dict[tuple[str, Shape], Trace] = field(default_factory=dict)
+    _curves: dict[tuple[str, Shape, bool], Callable[[float], float] | None] = field(
+        default_factory=dict
+    )
 
-    def cost(self, name: str, batch: int, length: int) -> CostRecord:
-        key = (name, batch, length)
-        if key not in self._known:
-            self._known[key] = self.bench.cost(name, self.methods[name], batch, length)
-        return self._known[key]
+    def trace(self, name: str, shape: Shape) -> Trace:
+        if (name, shape) not in self._known:
+            self._known[name, shape] = self.bench.trace(self.methods[name], *shape)
+        return self._known[name, shape]
 
     def fit(self, name: str, memory: str, limit: float, shape: Shape, lengths: bool = True) -> Fit:
         """What the method can do within ``limit`` bytes: at the wanted batch and length, the largest
         batch at that length, and the largest length (in steps of eight tokens) at that batch."""
-        batch, length = shape
-
-        def bytes_at(batch: int, length: int) -> int:
-            return self.cost(name, batch, length).bytes
-
-        longest = None
-        if lengths:
-            most = self.bench.longest // STEP
-            longest = STEP * largest(lambda n: bytes_at(batch, STEP * n), limit, most)
-        wanted = self.cost(name, batch, length)
+        wanted = self.trace(name, shape)
         return Fit(
             model=self.bench.name,
             memory=memory,
             method=name,
-            seq=length,
-            wanted_batch=batch,
-            units=wanted.forward_units,
+            seq=shape[1],
+            wanted_batch=shape[0],
+            units=wanted.flops / self.bench.forward_flops(*shape),
             bytes=wanted.bytes,
-            batch=largest(lambda n: bytes_at(n, length), limit, LARGEST),
-            length=longest,
+            batch=self._largest(name, limit, shape, False),
+            length=self._largest(name, limit, shape, True) if lengths else None,
         )
+
+    def _largest(self, name: str, limit: float, shape: Shape, long: bool) -> int:
+        """The largest length or batch beside the other one of ``shape``: from the curve through a
+        trace at ``shape`` and one where the bytes of a step would meet the limit if all grew alike;
+        where there is no curve, by further traces."""
+        batch, length = shape
+        grain, most = (STEP, self.bench.longest // STEP) if long else (1, LARGEST)
+
+        def at(n: int) -> Shape:
+            return (batch, grain * n) if long else (n, length)
+
+        n = max(2, (length if long else batch) // grain)  # one row has no padding, so no mask
+        found = self.trace(name, at(n))
+        guess = int(n * (limit - found.resident) / (found.bytes - found.resident))
+        guess = min(max(guess, 2), most)
+        guess += (guess == n) * (1 if n < most else -1)
+        if (name, shape, long) not in self._curves:
+            other = self.trace(name, at(guess))
+            curve = between(found, n, other, guess)
+            if long and self.bench.form == "image_text":  # images shrink with short texts
+                curve = None
+            self._curves[name, shape, long] = curve
+        curve = self._curves[name, shape, long]
+
+        def bytes_at(x: int) -> float:
+            if curve is None or (x < 2 and not long) or (name, at(x)) in self._known:
+                return self.trace(name, at(x)).bytes
+            return curve(x)
+
+        return grain * largest(bytes_at, limit, most, (n, guess))
 
 
 def cheapest_plan(plan: Plan, found: Sequence[Fit], limit: float) -> Fit | None:

@@ -39,6 +39,11 @@ class CostRecord(Strict):
     forward_seconds: float | None = None
     allocated_bytes: int | None = Field(None, description="By the allocator of a GPU, if asked.")
     reserved_bytes: int | None = None
+    allocated: int | None = Field(
+        None, description="Bytes that a GPU's allocator would hand out at the peak, as replayed."
+    )
+    reserved: int | None = Field(None, description="Those that it would take from the driver.")
+    profile: str | None = Field(None, description="Whose training loop; none: this package's.")
     value: int | None = Field(None, description="Of the key that a sweep varies.")
 
     @property

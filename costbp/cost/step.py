@@ -6,7 +6,9 @@ estimator on any objective: with real or random weights, or on meta without any.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +18,11 @@ from typing import Any
 
 import torch
 
+from costbp.cost.allocator import replayed
 from costbp.cost.categories import Categories
 from costbp.device import synchronise
 from costbp.estimators.base import Estimator
-from costbp.meter import Meter
+from costbp.meter import Meter, Timeline
 from costbp.objective import Batch, Key, Objective
 
 WARM_UP = 3  # steps of a kind whose time isn't typical
@@ -35,12 +38,14 @@ class Count:
         peak_bytes: largest number of bytes alive at once beyond parameters, gradient buffer,
             optimiser state and batch.
         at_peak: those bytes by category (``cost/categories.py``).
+        timeline: of all storages that came and went.
     """
 
     flops: int
     forward_flops: float
     peak_bytes: int
     at_peak: Mapping[str, int] = field(default_factory=dict)
+    timeline: Timeline | None = None
 
     @property
     def units(self) -> float:
@@ -54,20 +59,28 @@ def forward_only(objective: Objective, batch: Batch) -> None:
     objective.loss(objective.module(batch), batch)
 
 
-def batch_cost(estimator: Estimator, objective: Objective, batch: Batch, key: Key) -> Count:
-    """Count one estimate on one batch; theta is left as it was.
+def forward_flops(objective: Objective, batch: Batch, known: dict[Any, float]) -> float:
+    """FLOPs of a forward of one batch; ``known`` by the batch's shape, and added to.
 
     Raises:
-        ValueError: the forward pass runs no matrix product that could serve as the unit.
+        ValueError: it runs no matrix product that could serve as the unit.
     """
-    with Meter() as forward:
-        forward_only(objective, batch)
-    if not forward.flops:
+    shape = _shape(batch)
+    if shape not in known:
+        with Meter() as forward:
+            forward_only(objective, batch)
+        known[shape] = forward.flops
+    if not known[shape]:
         raise ValueError("the forward pass runs no matrix product: forward units are undefined")
-    step = Meter([*objective.existing(), *batch.values()])
-    with Categories(step, objective), step:
-        estimator.estimate(objective, [batch], key)
-    return Count(step.flops, forward.flops, step.peak, step.at_peak())
+    return known[shape]
+
+
+def frozen_bytes(objective: Objective) -> list[int]:
+    """Of each storage of frozen weights and buffers."""
+    trained = objective.theta.untyped_storage()._cdata
+    tensors = [*objective.module.parameters(), *objective.module.buffers()]
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return [size for key, size in found.items() if key != trained]
 
 
 def resident_bytes(
@@ -75,12 +88,9 @@ def resident_bytes(
 ) -> dict[str, int]:
     """Bytes that stay between steps, by category: frozen weights and buffers, adapters (whatever is
     trained), gradients, and the state of the optimiser and of the estimator (given)."""
-    trained = {id(p) for p in objective.module.parameters() if p.requires_grad}
-    tensors = [*objective.module.parameters(), *objective.module.buffers()]
-    frozen = {t.untyped_storage()._cdata: t for t in tensors if id(t) not in trained}
     moments = [t for state in optimizer.state.values() for t in state.values()]
     return {
-        "weights": sum(t.untyped_storage().nbytes() for t in frozen.values()),
+        "weights": sum(frozen_bytes(objective)),
         "adapters": objective.theta.nbytes,
         "gradients": objective.buffer.nbytes,
         "optimiser state": estimator_state
@@ -92,11 +102,25 @@ class CostCounter:
     """Cost of steps, counted once per shape of batch and phase of the estimator, on estimates
     that are thrown away.
 
+    Args:
+        named: say what the bytes at the peak are for, which takes up to half of a trace's time;
+            if not, leave a forward that isn't known uncounted.
+        forwards: FLOPs of a forward by shape of batch, where they are shared with others.
+
     Attributes:
+        timelines: of the estimates counted.
         state_bytes: what the estimator keeps between steps, as far as counted steps showed.
     """
 
-    def __init__(self, estimator: Estimator) -> None:
+    def __init__(
+        self,
+        estimator: Estimator,
+        *,
+        named: bool = True,
+        forwards: dict[Any, float] | None = None,
+    ) -> None:
+        self.named, self.timelines = named, list[Timeline]()
+        self._forwards = {} if forwards is None else forwards
         self.estimator = copy.deepcopy(estimator)  # never run itself: it remembers nothing
         self._known: dict[tuple[Any, ...], Count] = {}
         self._begun: Estimator | None = None  # one that remembers a first step
@@ -108,13 +132,12 @@ class CostCounter:
         estimator = self.estimator.per_batch
         costs, flops = [], 0
         for batch, passes in zip(batches, self.estimator.passes(key.step), strict=True):
-            shape = tuple(tuple(tensor.shape) for tensor in batch.values())
             difference = estimator.difference
             wide = difference is not None and difference.float32
-            known = (shape, estimator.phase(key.step), wide)
+            known = (_shape(batch), estimator.phase(key.step), wide)
             if known not in self._known:
                 trial = self._trial(objective, batch, key)
-                self._known[known] = batch_cost(trial, objective, batch, key)
+                self._known[known] = self._count(trial, objective, batch, key)
                 synchronise(objective.theta.device)  # not on the next step's time
                 own = sum(tensor.nbytes for tensor in trial.state_dict().values())
                 wrappers = self.estimator.kept * objective.theta.nbytes
@@ -127,6 +150,7 @@ class CostCounter:
             flops=flops,
             forward_flops=statistics.mean(cost.forward_flops for cost in costs),
             peak_bytes=largest.peak_bytes + held,
+            timeline=largest.timeline,
             at_peak={**largest.at_peak, **({"gradients": held} if held else {})},
         )
 
@@ -135,6 +159,18 @@ class CostCounter:
         ours, theirs = self.estimator.difference, estimator.difference
         if ours is not None and theirs is not None and vars(ours) != vars(theirs):
             ours.eps, ours.float32, self._begun = theirs.eps, theirs.float32, None
+
+    def _count(self, trial: Estimator, objective: Objective, batch: Batch, key: Key) -> Count:
+        """One estimate on one batch; theta is left as it was."""
+        if self.named:
+            forward_flops(objective, batch, self._forwards)
+        step = Meter([*objective.existing(), *batch.values()])
+        names = Categories(step, objective) if self.named else contextlib.nullcontext()
+        with names, step:
+            trial.estimate(objective, [batch], key)
+        self.timelines.append(step.timeline())
+        forward = self._forwards.get(_shape(batch), math.nan)
+        return Count(step.flops, forward, step.peak, step.at_peak(), self.timelines[-1])
 
     def _trial(self, objective: Objective, batch: Batch, key: Key) -> Estimator:
         """An estimator to count with: fresh for steps like the first, else one that has made it."""
@@ -145,6 +181,10 @@ class CostCounter:
             fresh.estimate(objective, [batch], replace(key, step=0))
             self._begun = fresh
         return copy.deepcopy(self._begun)
+
+
+def _shape(batch: Batch) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape for tensor in batch.values())
 
 
 def typical_seconds(estimator: Estimator, spans: Sequence[float]) -> float | None:
@@ -162,7 +202,8 @@ def typical_seconds(estimator: Estimator, spans: Sequence[float]) -> float | Non
 @dataclass(frozen=True)
 class StepCost:
     """A typical optimiser step: FLOPs, units and seconds are means over the estimator's cycle, bytes
-    those of its largest step, seconds medians (None unless asked for)."""
+    those of its largest step, seconds medians (None unless asked for); ``allocated`` and ``reserved``
+    are what a GPU's allocator would hand out and keep (``cost/allocator.py``)."""
 
     forward_units: float
     flops: float
@@ -172,8 +213,10 @@ class StepCost:
     weights_bytes: int
     state_bytes: int
     d: int
-    seconds: float | None
-    forward_seconds: float | None
+    seconds: float | None = None
+    forward_seconds: float | None = None
+    allocated: int | None = None
+    reserved: int | None = None
 
 
 def measure_step(
@@ -183,14 +226,16 @@ def measure_step(
     batch: Batch,
     *,
     timed: bool = False,
+    counter: CostCounter | None = None,
 ) -> StepCost:
     """What an optimiser step costs, all its batches like ``batch``. A first step is made and counts
     for nothing: it fills what optimiser and estimator remember, and moves theta.
 
     Args:
+        counter: of the estimator, where its own is wanted.
         timed: run every kind of step of the estimator's cycle, too, and take its time.
     """
-    counter, steps = CostCounter(estimator), range(1, estimator.cycle + 1)
+    counter, steps = counter or CostCounter(estimator), range(1, estimator.cycle + 1)
     keys = [Key(0, step) for step in steps]
     batches = [[batch] * len(estimator.passes(step)) for step in steps]
     counts = [counter(objective, *given) for given in zip(batches, keys, strict=True)]
@@ -210,6 +255,8 @@ def measure_step(
     resident = resident_bytes(objective, optimizer, counter.state_bytes)
     largest = max(counts, key=lambda count: count.peak_bytes)
     names = dict.fromkeys((*resident, *largest.at_peak))
+    own = (size for name, size in resident.items() if name != "weights")
+    allocated, reserved = replayed([*frozen_bytes(objective), *own], largest.timeline)
     return StepCost(
         forward_units=statistics.mean(count.units for count in counts),
         flops=statistics.mean(count.flops for count in counts),
@@ -221,6 +268,8 @@ def measure_step(
         d=objective.d,
         seconds=seconds[0],
         forward_seconds=seconds[1],
+        allocated=allocated,
+        reserved=reserved,
     )
 
 

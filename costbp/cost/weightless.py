@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from costbp.meter import Mode
 
 aten = torch.ops.aten
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -107,9 +108,8 @@ def _fused(
     one_head_each = query.shape[1] == key.shape[1] == value.shape[1]
     if allowed and one_head_each and query.dtype != torch.float64:
         if attn_mask is not None:
-            attn_mask = attn_mask.to(META)
             if attn_mask.dtype == torch.bool:
-                attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+                attn_mask = torch.empty_like(attn_mask, dtype=query.dtype, device=META)
             attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
         efficient = aten._scaled_dot_product_efficient_attention
         options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
@@ -124,7 +124,7 @@ def _number(tensor: Tensor) -> float | int | bool:
     return 1.0 if tensor.is_floating_point() else 0
 
 
-class _Placement(TorchDispatchMode):
+class _Placement(Mode):
     """Decides for each operator whether it runs on meta or on real integers."""
 
     _results: ClassVar[dict[Any, tuple[Any, ...]]] = {}  # operator and shapes -> result's form

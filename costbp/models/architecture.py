@@ -35,7 +35,8 @@ def transformers_config(values: Mapping[str, Any], classes: int = 4) -> Any:
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UserError(f"configuration: model_type = '{kind}' is unknown to transformers{hint}")
     sizes = values.get("text_config", values)
-    missing = [name for name in REQUIRED if name not in sizes]
+    own = CONFIG_MAPPING[kind].attribute_map  # GPT-2 says n_embd
+    missing = [name for name in REQUIRED if name not in sizes and own.get(name) not in sizes]
     if missing:
         raise UserError(
             f"configuration of a '{kind}' model: {', '.join(missing)} missing "
@@ -53,16 +54,20 @@ def transformers_config(values: Mapping[str, Any], classes: int = 4) -> Any:
 
 def longest(values: Mapping[str, Any]) -> int | None:
     """Tokens that a model of this configuration has positions for; None where it doesn't say."""
-    found = values.get("text_config", values).get("max_position_embeddings")
+    text = values.get("text_config", values)
+    found = text.get("max_position_embeddings", text.get("n_positions"))
     if found is None:
         return None
     return int(found) - (2 if values.get("model_type") == "roberta" else 0)  # they begin at two
 
 
-def sample_batch(config: Any, form: str, batch: int, length: int, classes: int = 4) -> Batch:
+def sample_batch(
+    config: Any, form: str, batch: int, length: int, classes: int = 4, padding: bool = True
+) -> Batch:
     """Random tokens [batch, length], a quarter of the first row padding, and labels: of classes, or
-    the tokens themselves. For image-text models each row has an image: of 20 x 20 patches, which
-    take 100 tokens where four patches make one, or less so that half of the row is left for text.
+    the tokens themselves. Without ``padding`` there is no mask of it either. For image-text models each
+    row has an image: of 20 x 20 patches, which take 100 tokens where four patches make one, or less so
+    that half of the row is left for text.
 
     Raises:
         UserError: longer than the model's positions, or too short for any image.
@@ -74,9 +79,9 @@ def sample_batch(config: Any, form: str, batch: int, length: int, classes: int =
     vocabulary = config.get_text_config().vocab_size
     ids = torch.randint(10, vocabulary, (batch, length), generator=generator, device="cpu")
     mask = torch.ones_like(ids)
-    if batch > 1:
+    if batch > 1 and padding:
         mask[0, length - length // 4 :] = 0
-    data = {"input_ids": ids, "attention_mask": mask}
+    data = {"input_ids": ids, "attention_mask": mask} if padding else {"input_ids": ids}
     if form == "image_text":
         data |= _image(config, ids)
     if form == "classifier":

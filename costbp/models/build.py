@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from costbp.config.catalog import FullTraining, LoraTraining, ModelEntry, Training
 from costbp.config.sources import ConfigSource, Form, PythonSource
+from costbp.console import say
 from costbp.errors import UserError
 from costbp.models.architecture import transformers_config
+from costbp.models.libraries import with_transformers
 from costbp.models.loss import ChunkedLoss, cross_entropy
 from costbp.models.modules import Classifier, Encoder, Head, LabelWords, Transformer, redraw
 from costbp.models.packed import QuantisedLinear, replace_packed
 from costbp.models.prefix import without_prefix
-from costbp.models.trainable import head_name, trainable
+from costbp.models.trainable import HEADS, head_name, linears, trainable
 from costbp.models.weights import load_base, randomly_drawn
 from costbp.objective import Objective
 
@@ -58,7 +60,7 @@ def build_model(
     if model.reads == "states":
         base, train = without_prefix(base, train)
     head = LabelWords(words) if words is not None and model.head == "label_words" else None
-    return _finished(base, form, train, classes, head=head).train().to(device)
+    return finished(base, form, train, classes, head=head).train().to(device)
 
 
 def _of_a_file(
@@ -103,7 +105,7 @@ def build_from_config(
     base = randomly_drawn(source, config)
     if source.bits is not None:  # whatever the packing: all take about as many bytes
         replace_packed(base, partial(QuantisedLinear, group=source.group))
-    made = _finished(base, source.form, train, classes, adapters_at_zero)
+    made = finished(base, source.form, train, classes, adapters_at_zero)
     if source.loss_chunk is not None:
         whole: Any = made.model
         if isinstance(train, LoraTraining):
@@ -112,6 +114,26 @@ def build_from_config(
         parts = whole.base_model, whole.get_output_embeddings()
         made = ChunkedLoss(*parts, source.loss_chunk, config.get_text_config().vocab_size)
     return Objective(made.train(), cross_entropy)
+
+
+def queries_and_values(source: ConfigSource) -> list[str]:
+    """What a configuration's model calls the linear layers of queries and values: as peft's table
+    says of its type, or as the table says of another type and the model has; else all linear layers."""
+    with with_transformers():
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+    kind = source.config["model_type"]
+    if isinstance(known.get(kind), list):
+        return list(known[kind])
+    config = transformers_config(source.config)
+    with torch.device("meta"):
+        names = linears(randomly_drawn(source, config))
+    tables = [*(names for names in known.values() if isinstance(names, list)), ["q_lin", "v_lin"]]
+    for targets in sorted(tables, key=len, reverse=True):
+        if set(targets) <= set(names) and len(targets) < 3:
+            return list(targets)
+    rest = [name for name in names if name not in HEADS]
+    say(f"notice: no adapters are known for a '{kind}' model; they go to {', '.join(rest)}")
+    return rest
 
 
 def _refuse_changed_logits(config: Any) -> None:
@@ -123,7 +145,7 @@ def _refuse_changed_logits(config: Any) -> None:
             )
 
 
-def _finished(
+def finished(
     base: Any,
     form: Form,
     train: Training,

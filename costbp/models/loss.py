@@ -95,3 +95,53 @@ class ChunkedLoss(nn.Module):
     def _sum(self, states: Tensor, labels: Tensor) -> Tensor:
         logits = _wide(self.head(states))
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+class PartedHead(nn.Module):
+    """A language model whose head works on parts of the length, one after the other; returns the logits
+    of all parts, each [n, part, vocabulary], to ``parted_cross_entropy``.
+
+    Args:
+        decoder: returns an object with ``last_hidden_state`` [n, length, hidden].
+        head: hidden states to logits.
+        places: length of a part; or, if ``at_once`` is False, there are as many parts.
+        at_once: make all logits before the first loss; else each is made with its loss.
+        upcast: logits in float32.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, head: nn.Module, vocabulary: int, *, places: int, at_once: bool
+    ) -> None:
+        super().__init__()
+        self.decoder, self.head, self.vocabulary = decoder, head, vocabulary
+        self.places, self.at_once = places, at_once
+
+    def forward(self, batch: Batch) -> Any:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        states = self.decoder(**inputs).last_hidden_state
+        if not self.at_once:
+            return (self.head(part) for part in states.chunk(self.places, 1))
+        return [self.head(part) for part in states.split(self.places, 1)]
+
+
+def parted_cross_entropy(logits: Any, batch: Batch, upcast: bool = True) -> Tensor:
+    """``cross_entropy`` of parts of the length [n, part, vocabulary]; ``upcast``: in float32."""
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    if upcast and isinstance(logits, list):
+        logits[:] = [_wide(part) for part in logits]
+    total, start = [], 0
+    for part in logits:
+        wanted = labels[:, start : start + part.shape[1]].flatten()
+        start += part.shape[1]
+        rows = part.flatten(0, 1)
+        rows = _wide(rows) if upcast else rows
+        total.append(F.cross_entropy(rows, wanted, ignore_index=IGNORED, reduction="sum"))
+    return torch.stack(total).sum() / (labels != IGNORED).sum()
+
+
+def shifted_cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """``cross_entropy`` of next tokens [n, length, vocabulary] by a copy of all logits but each row's
+    last, as transformers did before 4.46."""
+    rows = _wide(logits)[:, :-1].contiguous()
+    wanted = batch["labels"][:, 1:].flatten()
+    return F.cross_entropy(rows.flatten(0, 1), wanted, ignore_index=IGNORED)

@@ -21,6 +21,15 @@ HEADS = (
 )  # trained in full beside adapters, never packed
 
 
+def linears(model: nn.Module) -> list[str]:
+    """What a model calls its linear layers inside their modules, each name once."""
+    with with_transformers():
+        from transformers.pytorch_utils import Conv1D
+    named = model.named_modules()
+    found = (name.split(".")[-1] for name, m in named if isinstance(m, nn.Linear | Conv1D))
+    return list(dict.fromkeys(found))
+
+
 def head_name(model: nn.Module) -> str:
     """Name of the head that a transformers model has; "" where it has none."""
     return next((name for name in HEADS if hasattr(model, name)), "")
@@ -75,7 +84,10 @@ def trainable(
             return _in_float32(get_peft_model(model, settings))
         except ValueError as error:
             name = type(model).__name__
-            raise UserError(f"train.targets = {targets} match no layer of {name}") from error
+            raise UserError(
+                f"train.targets = {targets} match no layer of {name}, whose linear layers are "
+                f"called {', '.join(linears(model))}"
+            ) from error
 
 
 def _in_float32(model: nn.Module) -> nn.Module:
