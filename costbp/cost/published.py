@@ -17,6 +17,7 @@ from costbp.config.catalog import ModelEntry
 from costbp.config.costs import card_bytes
 from costbp.config.entries import Strict
 from costbp.config.load import overlaid
+from costbp.config.methods import BackpropSpec, MethodEntry
 from costbp.config.read import validate
 from costbp.config.study import Plan
 from costbp.config.yaml_file import read_yaml
@@ -183,11 +184,11 @@ def _predicted(
         return Row(why=why or "", **made)
     length = _number(row["seq"].replace("max_len", "")) or source.length
     try:
-        record = _traced(plan, source, rule, row, models[row["model"]], batch, length)
+        record, method = _traced(plan, source, rule, row, models[row["model"]], batch, length)
     except UserError as error:  # the model can't have it
         return Row(why=str(error), **made)
     context = card_bytes(source.context) if source.measure == "driver" else 0
-    rival = closed_form(models[row["model"]], rule, record, batch, length) + context
+    rival = closed_form(models[row["model"]], rule, method, record) + context
     settings = {str(k): str(v) for k, v in rule.settings.items() if k != "train"}
     settings |= {f"train.{k}": str(v) for k, v in rule.settings.get("train", {}).items()}
     settings |= {"plan": str(rule.runs), "part": rule.part, "batch": str(batch)}
@@ -209,26 +210,27 @@ def _number(text: str) -> int | None:
 
 
 def closed_form(
-    config: Mapping[str, Any], rule: Rule, record: CostRecord, batch: int, length: int
+    config: Mapping[str, Any], rule: Rule, method: MethodEntry, record: CostRecord
 ) -> float:
     """Bytes as they are mostly estimated: weights, gradients, two moments, and in each block
     s b h (34 + 5 a s / h) bytes of activations, or 2 s b h where blocks are recomputed (Korthikanti et
     al. 2022, arXiv 2205.05198, equations 1 and 2); nothing of logits, loss, or the optimiser's copies."""
     trained = record.peak_by_category["adapters"]
-    if rule.part != "step" or not (rule.runs or "").startswith("bp_"):
+    if rule.part != "step" or not isinstance(method.estimator, BackpropSpec):
         return float(record.weights_bytes + trained)
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kept: float = 34 * hidden + 5 * heads * length
-    if rule.runs == "bp_checkpointing":
+    kept = 34 * hidden + 5 * heads * record.seq
+    if method.estimator.plan == "per_block":
         kept = 2 * hidden
-    moments = 0 if "adafactor" in str(rule.settings) else 2
+    moments = 0 if rule.settings.get("profile.optimizer") == "adafactor" else 2
     blocks = config["num_hidden_layers"]
-    return record.weights_bytes + (2 + moments) * trained + batch * length * blocks * kept
+    activations = record.batch * record.seq * blocks * kept
+    return float(record.weights_bytes + (2 + moments) * trained + activations)
 
 
 def _traced(
     plan: Plan, source: Publisher, rule: Rule, row: Any, config: Any, batch: int, length: int
-) -> CostRecord:
+) -> tuple[CostRecord, MethodEntry]:
     catalog = plan.catalog
     dtype = source.dtype or DTYPES.get(row["dtype"], "bfloat16")
     given = {
@@ -255,7 +257,7 @@ def _traced(
         elif own:
             entry = overlaid(entry, own, where)
     bench = Bench(entry, name=row["model"], profile=profile, classes=2)
-    return bench.cost(name, method, batch, length, part=rule.part)
+    return bench.cost(name, method, batch, length, part=rule.part), method
 
 
 def _of(key: str) -> str:
