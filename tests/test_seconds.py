@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from costbp.analysis.costs import table
 from costbp.config.cards import BANDWIDTH, CARDS, LAUNCH, RATE, Card, card
 from costbp.config.costs import Costs
 from costbp.cost.bench import Bench
@@ -102,6 +104,21 @@ def test_a_record_has_seconds_and_energy(plan):
     once = bench.cost("zo_vanilla", methods["zo_vanilla"], 2, 16)
     ratio = twice.predicted["h100"] / once.predicted["h100"]
     assert math.isclose(ratio, twice.flops / once.flops, rel_tol=0.15)
+
+
+def test_the_table_of_costs_shows_a_card_if_asked(plan):
+    record = Bench(small("llama"), name="bert_base").cost(
+        "zo_vanilla", plan.catalog.methods["zo_vanilla"], 2, 16
+    )
+    frame = pd.DataFrame([{**record.model_dump(), "bytes": record.bytes, "beyond": record.beyond}])
+    for name in (None, "4090"):
+        costs = Costs(models=("bert_base",), methods=("zo_vanilla",), card=name)
+        asked = plan.model_copy(update={"study": plan.study.model_copy(update={"costs": costs})})
+        found = table(asked, frame)
+        assert ("Joules" in found) == (name is not None)
+    on = record.on("4090")
+    assert found["Seconds on 4090"].tolist() == [f"{on.card_seconds:.3g}"]
+    assert found["Joules"].tolist() == [f"{on.joules:.3g}"]
 
 
 def test_an_unknown_card_names_the_known(costbp):

@@ -77,7 +77,10 @@ def write(plan: Plan, folder: Path) -> None:
         save(figure.draw(plan, found[figure.frame]), folder / figure.name)
     words = table(plan, found["traces"])
     write_text(folder / "costs.md", markdown(words))
-    write_text(folder / "costs.csv", found["traces"].drop(columns="sweep").to_csv(index=False))
+    write_text(
+        folder / "costs.csv",
+        found["traces"].drop(columns=["sweep", "predicted"]).to_csv(index=False),
+    )
     models = [plan.catalog.models[name] for name in dict.fromkeys(found["traces"]["model"])]
     text = render(
         "costs.html.j2",
