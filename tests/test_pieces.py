@@ -233,19 +233,6 @@ def test_steps_by_piece_give_the_bits_of_torch_s_on_a_dense_gradient(pieced, ora
     assert all(p.grad is None for p in found.module.parameters())
 
 
-def test_pieces_of_odd_sizes_are_stepped_in_whole_blocks(pieced):
-    """CPUs round what is left of less than a block otherwise, in half precision."""
-    thetas = []
-    for sparing in (True, False):
-        objective = linear_objective(*[(37,), (29, 5), (301,), (13, 11)] * 20, dtype=torch.bfloat16)
-        estimator, optimizer = Projected(Exact(), Gaussian()), SGD([objective.theta])
-        objective.sparing = sparing
-        g = torch.ones(objective.d, dtype=torch.bfloat16)
-        update(objective, optimizer, estimator.estimate(objective, [{"g": g}], KEY))
-        thetas.append(objective.theta)
-    assert torch.equal(*thetas)
-
-
 def test_who_needs_a_gradient_has_one(pieced, monkeypatch):
     objective, data = small_model("opt", torch.float32, train="full")
     plain, theta = Projected(Central(1e-2), Gaussian()), objective.theta
