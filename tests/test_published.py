@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_medians_are_kept(found: list[Row]) -> None:
 
 
 def test_differences_are_kept(found: list[Row]) -> None:
-    every = difference_scores(pairs(found))[-1]
+    every = {score.name: score for score in difference_scores(pairs(found))}["all"]
     assert every.count >= 8
     assert every.median < 0.1
 
@@ -136,6 +137,9 @@ def test_pairs_differ_in_one_thing_that_is_not_lost_in_rounding() -> None:
         made(10.1, 11.0, batch="2"),  # a hundredth
         made(40.0, 50.0, length="16", batch="2"),  # differs in both from the first
     ]
+    assert [score.name for score in difference_scores(pairs(rows))] == ["length", "batch", "all"]
+    apart = [replace(row, bounds=True) for row in rows]
+    assert [score.name for score in difference_scores(pairs(apart))] == ["s, bounds"]
     got = [(p.key, p.published, p.predicted) for p in pairs(rows)]
     assert got == [
         ("length", 10.0, 8.0),

@@ -66,6 +66,9 @@ class Publisher(Strict):
     unit: Literal["GB", "GiB", "MB", "MiB"] = "GB"
     length: int = Field(512, ge=2, description="Tokens, where the row has no number.")
     absolute: bool = Field(True, description="Score the rows, not only their differences.")
+    bounds: bool = Field(
+        False, description="Lengths are bounds of many: differences are scored apart, too."
+    )
     form: Literal["causal", "classifier"] = "causal"
     dtype: str | None = Field(None, description="Of the base, instead of the row's.")
     rules: tuple[Rule, ...] = ()
@@ -94,6 +97,7 @@ class Row:
     rival: float | None = None
     why: str = ""
     absolute: bool = True
+    bounds: bool = False
     measure: str = "allocated"
     settings: Mapping[str, str] | None = None
 
@@ -113,6 +117,7 @@ class Pair:
     values: tuple[str, str]
     published: float
     predicted: float
+    bounds: bool = False
 
     @property
     def error(self) -> float:
@@ -172,7 +177,13 @@ def _predicted(
     if source is None:
         return Row(source=row["source"], published=value, why="no such source is known", **keys)
     published = value * UNITS[source.unit]
-    made = {"source": source.name, "published": published, "measure": source.measure, **keys}
+    made = {
+        "bounds": source.bounds,
+        "source": source.name,
+        "published": published,
+        "measure": source.measure,
+        **keys,
+    }
     rule = next((r for r in source.rules if _matches(r, row)), None)
     why = source.why or (rule.why if rule else "no rule expresses its method")
     if not why and row["model"] not in models:
@@ -291,6 +302,7 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
                         values,
                         apart,
                         second.predicted - first.predicted,
+                        first.bounds,
                     )
                 )
     return found
@@ -328,10 +340,18 @@ def scores(rows: Sequence[Row]) -> list[Score]:
 
 
 def difference_scores(found: Sequence[Pair]) -> list[Score]:
-    """Of what two rows differ in, and of all differences."""
-    groups = {key: [p.error for p in found if p.key == key] for key in {p.key: 0 for p in found}}
-    groups |= {"all": [p.error for p in found]} if len(groups) > 1 else {}
-    return [_score(name, errors, [float("nan")]) for name, errors in groups.items()]
+    """Of what two rows differ in, and of all differences; apart those of sources whose lengths are
+    bounds."""
+    exact = [pair for pair in found if not pair.bounds]
+    groups = {key: [p for p in exact if p.key == key] for key in {p.key: 0 for p in exact}}
+    groups["all"] = exact
+    for source in {pair.source: 0 for pair in found if pair.bounds}:
+        groups[f"{source}, bounds"] = [pair for pair in found if pair.source == source]
+    return [
+        _score(name, [p.error for p in group], [float("nan")])
+        for name, group in groups.items()
+        if group
+    ]
 
 
 def _score(name: str, errors: Sequence[float], rivals: Sequence[float]) -> Score:
