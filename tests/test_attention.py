@@ -204,6 +204,7 @@ def test_at_length_forward_mode_needs_an_inference_and_as_much_in_tangents(plan)
     inference = found["zo_vanilla"].peak_bytes
     scores = 2 * 32 * 8192**2  # of one layer
     assert found["fmad_vanilla"].peak_bytes < 1.3 * 2 * inference < scores
+    head = 2 * 8192 * 4096 * 128256 / found["zo_vanilla"].forward_flops  # made again, by chunks
     attention = 2 * 4096 * 8192 * 8192 * 2 * 32 / found["zo_vanilla"].forward_flops
-    assert found["fmad_vanilla"].forward_units == pytest.approx(2 + attention, rel=2e-3)
-    assert found["bp_vanilla"].forward_units == pytest.approx(2 + 1.5 * attention + 0.055, rel=2e-3)
+    assert found["fmad_vanilla"].forward_units == pytest.approx(2 + attention, rel=5e-3)
+    assert found["bp_vanilla"].forward_units == pytest.approx(2 + 1.5 * attention + head, rel=5e-3)

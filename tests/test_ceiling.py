@@ -270,17 +270,17 @@ def test_backpropagation_in_micro_batches_needs_no_more_than_zeroth_order():
     plan = load_plan()
     bench, methods = Bench(plan.catalog.models["roberta_base"]), plan.catalog.methods
     zo = bench.cost("zo_vanilla", methods["zo_vanilla"], 8, 64)
-    assert zo.beyond / 1e6 == pytest.approx(24.0, abs=0.1)
+    assert zo.beyond / 1e6 == pytest.approx(22.4, abs=0.1)
     data, method = bench.sample(8, 64), methods["bp_checkpointing"]
     bench.objective.split = partial(micro_batches, rows=2)
     micro = bench.cost("bp_checkpointing", method, 8, 64)
     bench.objective.split = None
-    assert micro.beyond / 1e6 == pytest.approx(23.2, abs=0.1)
+    assert micro.beyond / 1e6 == pytest.approx(22.7, abs=0.1)
     with bench.tracing():
         ceiling = budget(f"{zo.bytes / 1024}KB")
         found = search(bench.objective, method.build(), method.optimizer, data, ceiling)
     assert found.text == "3 of 12 blocks kept, 8 micro-batches of 1"
-    assert (found.bytes - zo.weights_bytes) / 1e6 == pytest.approx(22.7, abs=0.1)
+    assert (found.bytes - zo.weights_bytes) / 1e6 == pytest.approx(22.0, abs=0.1)
 
 
 # --- runs --------------------------------------------------------------------------------------
