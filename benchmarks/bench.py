@@ -155,6 +155,7 @@ class Bench:
                 layers=size.layers,
                 heads=size.heads,
                 vocabulary=size.vocabulary,
+                attention="eager",  # stock forward mode has no rule for the fused kernel
             ).module
             if checkpointed:
                 switch_checkpointing_on(module)

@@ -394,4 +394,6 @@ def install() -> tuple[torch.device, ...]:
     for name, func in (FACTORIES | OWN).items():
         install.library.impl(name, functools.partial(run, func), "PrivateUse1")
     torch.Generator, torch.load = Generator, loading(torch.load)
+    torch.backends.cuda.enable_flash_sdp(False)  # no fused kernels: on the CPU neither, to compare
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
     return tuple(torch.device(NAME, index) for index in range(COUNT))

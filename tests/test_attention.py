@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from costbp.config.load import overlaid
+from costbp.cost.bench import Bench
 from costbp.cost.weightless import META, weightless
 from costbp.estimators import attention
 from costbp.meter import Meter
@@ -191,3 +193,18 @@ def test_a_trace_keeps_no_scores_and_no_wide_mask():
             result.shape == q.shape
             and (torch.arange(9)[:, None] > torch.arange(9)).device.type == "cpu"
         )
+
+
+def test_at_length_forward_mode_needs_an_inference_and_as_much_in_tangents(plan):
+    """Of an 8 B Llama at 1 x 8192: with a third of slack for what tangent rules compute on the way."""
+    changes = {"source.bits": None, "source.loss_chunk": 256, "train.dropout": 0.0}
+    bench = Bench(overlaid(plan.catalog.models["llama_3_1_8b"], changes, "test"))
+    names = ("zo_vanilla", "fmad_vanilla", "bp_vanilla")
+    found = {name: bench.cost(name, plan.catalog.methods[name], 1, 8192) for name in names}
+    inference = found["zo_vanilla"].peak_bytes
+    scores = 2 * 32 * 8192**2  # of one layer
+    assert found["fmad_vanilla"].peak_bytes < 1.3 * 2 * inference < scores
+    head = 2 * 8192 * 4096 * 128256 / found["zo_vanilla"].forward_flops  # made again, by chunks
+    attention = 2 * 4096 * 8192 * 8192 * 2 * 32 / found["zo_vanilla"].forward_flops
+    assert found["fmad_vanilla"].forward_units == pytest.approx(2 + attention, rel=5e-3)
+    assert found["bp_vanilla"].forward_units == pytest.approx(2 + 1.5 * attention + head, rel=5e-3)

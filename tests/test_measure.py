@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from costbp.config import load_plan
 from costbp.config.shares import Shares
@@ -90,8 +90,19 @@ def encoder(catalog, layers=2, rows=4):
     return Objective(module, cross_entropy), data
 
 
+aten = torch.ops.aten
 DIFFERENT = ("bp_vanilla", "bp_checkpointing", "bp_accumulate", "fmad_vanilla", "fmad_multiple")
 DIFFERENT += ("zo_vanilla", "zo_multiple", "zo_adaptive", "zo_svrg", "hizoo")
+
+
+FLASH = {  # the fused kernel of CPUs, by torch's formulas of that of GPUs
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
+        *shapes[:3]
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
+        sdpa_backward_flop_count(*shapes[:4])
+    ),
+}
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
@@ -103,7 +114,7 @@ def test_flops_equal_those_of_torch_s_counter(name, monkeypatch):
     count = CostCounter(estimator)
     for step in (0, 1):
         batches = [data] * len(estimator.passes(step))
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FLASH) as counter:
             estimator.estimate(objective, batches, Key(0, step))
         flops = count(objective, batches, Key(0, step)).flops
         assert flops == counter.get_total_flops(), step

