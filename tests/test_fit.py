@@ -121,18 +121,17 @@ def test_a_loop_is_one_storage_of_a_timeline():
     assert run(3, 50).unrolled().peak == run(3, 50).peak == 4 * (10 + 51)
 
 
-@pytest.mark.parametrize("block", [2**9, 2**12])
-def test_attention_by_blocks_in_what_fits(block, plan, monkeypatch):
-    """A loop of as many turns as the shape wants, which decides on the peak where blocks are large."""
-    monkeypatch.setattr("costbp.estimators.attention.BLOCK", block)
-    bench, methods = Bench(small("llama")), plan.catalog.methods
-    method = methods["fmad_vanilla"]
-    limit = bench.trace(method, 3, 24).bytes
-    found = Fitting(bench, methods).fit("fmad_vanilla", "1GB", limit, (2, 16))
-    assert bench.trace(method, found.batch, 16).bytes <= limit
-    assert bench.trace(method, found.batch + 1, 16).bytes > limit
-    assert bench.trace(method, 2, found.length).bytes <= limit
-    assert bench.trace(method, 2, found.length + 8).bytes > limit
+def test_where_a_loop_decides_traces_have_the_last_word(plan):
+    """Attention in blocks of queries, here the largest part of a peak."""
+    bench = Bench(overlaid(small("bert"), {"source.attention": "sdpa"}, "test"))
+    method = plan.catalog.methods["fmad_multiple"]
+    one, other = bench.trace(method, 2, 16), bench.trace(method, 2, 72)
+    assert not between(one, 16, other, 72)(96)[1]
+    search = Fitting(bench, plan.catalog.methods)
+    limit = bench.trace(method, 9, 24).bytes + 100
+    found = search.fit("fmad_multiple", "1GB", limit, (2, 16))
+    known = {shape: trace.bytes for (_, shape), trace in search._known.items()}
+    assert known[2, found.length] <= limit < known[2, found.length + 8]
 
 
 def test_the_cheapest_backpropagation_that_fits(plan):
