@@ -11,6 +11,7 @@ block alive, which hides what checkpointing saves. Its table of FLOPs per operat
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -47,6 +48,7 @@ class _Storage:
     born: int
     died: int | None
     category: str
+    loop: int
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,12 @@ class Timeline:
     Attributes:
         sizes: bytes of each, [n].
         died: number of the last storage that came while each was there, [n].
+        loops: number of the ``looping`` block in which each came, [n]; 0 outside.
     """
 
     sizes: NDArray[np.float64]
     died: NDArray[np.int64]
+    loops: NDArray[np.int64]
 
     @property
     def peak(self) -> float:
@@ -67,7 +71,23 @@ class Timeline:
         gone = np.bincount(self.died + 1, self.sizes, len(self.sizes) + 1)
         return float(np.cumsum(self.sizes - gone[:-1]).max(initial=0))
 
+    def unrolled(self) -> Timeline:
+        """The same with one storage for all that come and go within a loop, of their peak's size."""
+        sizes, died, kept = self.sizes.copy(), self.died.copy(), np.ones(len(self.sizes), bool)
+        loops = np.zeros_like(died)
+        for loop in np.unique(self.loops[self.loops > 0]):
+            there = np.flatnonzero(self.loops == loop)
+            inside = there[died[there] <= there[-1]]
+            if len(inside):
+                gone = np.searchsorted(inside, died[inside], "right") - 1
+                sizes[inside[0]] = Timeline(sizes[inside], gone, gone).peak
+                died[inside[0]], loops[inside[0]] = there[-1], loop
+                kept[inside[1:]] = False
+        places = np.cumsum(kept) - 1
+        return Timeline(sizes[kept], places[died[kept]], loops[kept])
 
+
+_LOOPS, _NUMBERS = [0], itertools.count(1)
 _TIMES: list[int | Fraction] = []  # one entry for each ``counted`` block at work
 
 
@@ -111,6 +131,16 @@ def _bytes(tensor: Tensor) -> int:
     if tensor._is_zerotensor():
         return 0
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
+
+
+@contextlib.contextmanager
+def looping() -> Iterator[None]:
+    """For a loop of as many turns as a shape wants: timelines of other shapes can tell its storages."""
+    _LOOPS.append(next(_NUMBERS))
+    try:
+        yield
+    finally:
+        _LOOPS.pop()
 
 
 class Mode(TorchDispatchMode):
@@ -195,7 +225,9 @@ class Meter(Mode):
         if key in self._existing or key in self._alive:
             return
         category = self.classify(tensor) if self.classify is not None else TEMPORARY
-        entry = self._alive[key] = _Storage(storage.nbytes(), len(self._all), None, category)
+        entry = self._alive[key] = _Storage(
+            storage.nbytes(), len(self._all), None, category, _LOOPS[-1]
+        )
         self._all.append(entry)
         self.live += entry.size
         if self.live > self.peak:
@@ -232,4 +264,5 @@ class Meter(Mode):
         last = len(self._all) - 1
         died = [last if entry.died is None else entry.died for entry in self._all]
         sizes = np.array([entry.size for entry in self._all], np.float64)
-        return Timeline(sizes, np.array(died, np.int64))
+        loops = np.array([entry.loop for entry in self._all], np.int64)
+        return Timeline(sizes, np.array(died, np.int64), loops)

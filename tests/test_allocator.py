@@ -78,6 +78,6 @@ def test_nothing_is_handed_out_twice_or_lost() -> None:
 
 def test_a_step_is_replayed_with_its_deaths() -> None:
     sizes = np.array([64.0, 32.0, 64.0]) * MIB
-    most, reserved = replayed([16 * MIB], Timeline(sizes, np.array([1, 2, 2])))
+    most, reserved = replayed([16 * MIB], Timeline(sizes, np.array([1, 2, 2]), np.zeros(3, int)))
     assert most == (16 + 64 + 32) * MIB  # the third takes the first one's place
     assert reserved == most

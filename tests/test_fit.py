@@ -14,6 +14,7 @@ from costbp.cost.bench import Bench, entry_from_config
 from costbp.cost.fit import Fitting, between, cheapest_plan, largest, models_that_fit
 from costbp.cost.products import products, shares
 from costbp.errors import UserError
+from costbp.meter import Meter, looping
 from costbp.models.architecture import transformers_config
 from tests.entries import lora, small
 
@@ -61,7 +62,8 @@ def test_what_fits_is_the_last_that_does(family, attention, plan):
         search = Fitting(bench, methods)
         limit = bench.trace(method, 9, 24).bytes + 100
         found = search.fit(name, "1GB", limit, (2, 16))
-        assert len(search._known) == 3, name  # as wanted, and two near the answers
+        most = 6 if name.startswith("fmad") else 3  # as wanted, and two near the answers
+        assert len(search._known) <= most, name
         batch, length = found.batch, found.length
         assert bench.trace(method, batch, 16).bytes <= limit, name
         assert bench.trace(method, batch + 1, 16).bytes > limit, name
@@ -93,9 +95,43 @@ def test_a_curve_is_exact_between_and_beyond(plan):
     one, other = bench.trace(method, 2, 16), bench.trace(method, 2, 32)
     curve = between(one, 16, other, 32)
     for length in (8, 40, 96):
-        assert curve(length) == bench.trace(method, 2, length).bytes
+        assert curve(length) == (bench.trace(method, 2, length).bytes, True)
     another = bench.trace(plan.catalog.methods["bp_vanilla"], 2, 32)
     assert between(one, 16, another, 32) is None
+
+
+def test_a_loop_is_one_storage_of_a_timeline():
+    def run(turns, size):
+        with Meter() as meter:
+            kept = torch.empty(10)
+            with looping():
+                for _ in range(turns):
+                    first = torch.empty(size)
+                    del first
+                    second, third = torch.empty(size), torch.empty(1)
+                    del second, third
+            after = torch.empty(20)
+            del after, kept
+        return meter.timeline()
+
+    one, many = run(1, 8), run(5, 8)
+    assert len(many.sizes) == 17 and one.peak == many.peak == 4 * 30
+    assert one.unrolled().sizes.tolist() == many.unrolled().sizes.tolist() == [40, 4 * 9, 80]
+    assert many.unrolled().died.tolist() == [2, 1, 2] and many.unrolled().peak == many.peak
+    assert run(3, 50).unrolled().peak == run(3, 50).peak == 4 * (10 + 51)
+
+
+def test_where_a_loop_decides_traces_have_the_last_word(plan):
+    """Attention in blocks of queries, here the largest part of a peak."""
+    bench = Bench(overlaid(small("bert"), {"source.attention": "sdpa"}, "test"))
+    method = plan.catalog.methods["fmad_multiple"]
+    one, other = bench.trace(method, 2, 16), bench.trace(method, 2, 72)
+    assert not between(one, 16, other, 72)(96)[1]
+    search = Fitting(bench, plan.catalog.methods)
+    limit = bench.trace(method, 9, 24).bytes + 100
+    found = search.fit("fmad_multiple", "1GB", limit, (2, 16))
+    known = {shape: trace.bytes for (_, shape), trace in search._known.items()}
+    assert known[2, found.length] <= limit < known[2, found.length + 8]
 
 
 def test_the_cheapest_backpropagation_that_fits(plan):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from costbp.config.methods import BackpropSpec, MethodEntry
 from costbp.config.study import Plan
 from costbp.cost.bench import Bench, Trace
 from costbp.cost.record import Fit, Needs
-from costbp.meter import Timeline
 
 STEP = 8  # tokens: the grain in which lengths are searched
 Shape = tuple[int, int]  # examples a batch, tokens an example
@@ -58,24 +57,33 @@ def _crossing(points: Sequence[tuple[int, float]], limit: float) -> int:
     return n + math.floor(2 * (limit - at_n) / (linear + math.sqrt(root)) + 1e-9)
 
 
-def between(one: Trace, n: int, other: Trace, m: int) -> Callable[[float], float] | None:
-    """Bytes at the peak as a function of what was ``n`` and ``m`` in two traces; None where their
-    storages don't come and go in the same order.
+Curve = Callable[[int], tuple[float, bool]]
+
+
+def between(one: Trace, n: int, other: Trace, m: int) -> Curve | None:
+    """Bytes at the peak as a function of what was ``n`` and ``m`` in two traces, and whether they are
+    exact; None where storages don't come and go in the same order.
 
     Each storage's size is affine, or quadratic without further terms, as scores of attention are in
-    the length; their sum's largest value over time is the peak.
+    the length; their sum's largest value over time is the peak. What a loop needs is as large as
+    its turns are cut: where it is part of the peak, that is near enough for a guess.
     """
-    pairs = list(zip(one.timelines, other.timelines, strict=False))
-    same = len(one.timelines) == len(other.timelines)
+    ours, theirs = ([t.unrolled() for t in trace.timelines] for trace in (one, other))
+    pairs, same = list(zip(ours, theirs, strict=False)), len(ours) == len(theirs)
     if not (same and all(np.array_equal(a.died, b.died) for a, b in pairs)):
         return None
 
-    def peak(a: Timeline, b: Timeline, x: float) -> float:
-        quadratic = (a.sizes > 0) & np.isclose(b.sizes * n**2, a.sizes * m**2, 1e-12, 0)
-        straight = a.sizes + (b.sizes - a.sizes) * (x - n) / (m - n)
-        return Timeline(np.where(quadratic, a.sizes * (x / n) ** 2, straight), a.died).peak
+    def at(x: int) -> tuple[float, bool]:
+        peaks, without = [], []
+        for a, b in pairs:
+            quadratic = (a.sizes > 0) & np.isclose(b.sizes * n**2, a.sizes * m**2, 1e-12, 0)
+            straight = a.sizes + (b.sizes - a.sizes) * (x - n) / (m - n)
+            sizes = np.where(quadratic, a.sizes * (x / n) ** 2, straight)
+            peaks.append(replace(a, sizes=sizes).peak)
+            without.append(replace(a, sizes=np.where(a.loops > 0, 0, sizes)).peak)
+        return one.resident + max(peaks), max(peaks) == max(without)
 
-    return lambda x: one.resident + max(peak(a, b, x) for a, b in pairs)
+    return at
 
 
 @dataclass
@@ -85,9 +93,7 @@ class Fitting:
     bench: Bench
     methods: Mapping[str, MethodEntry]
     _known: dict[tuple[str, Shape], Trace] = field(default_factory=dict)
-    _curves: dict[tuple[str, Shape, bool], Callable[[float], float] | None] = field(
-        default_factory=dict
-    )
+    _curves: dict[tuple[str, Shape, bool], Curve | None] = field(default_factory=dict)
 
     def trace(self, name: str, shape: Shape) -> Trace:
         if (name, shape) not in self._known:
@@ -123,24 +129,29 @@ class Fitting:
             return (batch, grain * n) if long else (n, length)
 
         n = max(2, (length if long else batch) // grain)  # one row has no padding, so no mask
-        found = self.trace(name, at(n))
-        guess = int(n * (limit - found.resident) / (found.bytes - found.resident))
+        start = self.trace(name, at(n))
+        guess = int(n * (limit - start.resident) / (start.bytes - start.resident))
         guess = min(max(guess, 2), most)
         guess += (guess == n) * (1 if n < most else -1)
         if (name, shape, long) not in self._curves:
             other = self.trace(name, at(guess))
-            curve = between(found, n, other, guess)
+            curve = between(start, n, other, guess)
             if long and self.bench.form == "image_text":  # images shrink with short texts
                 curve = None
             self._curves[name, shape, long] = curve
         curve = self._curves[name, shape, long]
 
-        def bytes_at(x: int) -> float:
-            if curve is None or (x < 2 and not long) or (name, at(x)) in self._known:
-                return self.trace(name, at(x)).bytes
-            return curve(x)
+        def traced(x: int) -> float:
+            return self.trace(name, at(x)).bytes
 
-        return grain * largest(bytes_at, limit, most, (n, guess))
+        def bytes_at(x: int) -> float:
+            known = (x < 2 and not long) or (name, at(x)) in self._known
+            return traced(x) if curve is None or known else curve(x)[0]
+
+        found = largest(bytes_at, limit, most, (n, guess))
+        if curve is not None and found and not curve(found)[1]:
+            found = largest(traced, limit, most, (found, found + 1))
+        return grain * found
 
 
 def cheapest_plan(plan: Plan, found: Sequence[Fit], limit: float) -> Fit | None:

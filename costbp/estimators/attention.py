@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from costbp.estimators.precision import HALF
-from costbp.meter import counted
+from costbp.meter import counted, looping
 
 BLOCK = 2**26  # bytes of a block's scores in all directions; queries are cut so that they fit
 
@@ -160,11 +160,12 @@ def _blockwise(
 
     # in a trace one block stands for all that are like it
     step = length - length % size if query.is_meta and size < length else size
-    for start in range(0, length, step):
-        stop = min(start + size, length)
-        seen = min(stop, places) if causal and not query.is_meta else places
-        with counted(Fraction(places, seen) * (step // size if start + step <= length else 1)):
-            block(slice(start, stop), seen)
+    with looping():
+        for start in range(0, length, step):
+            stop = min(start + size, length)
+            seen = min(stop, places) if causal and not query.is_meta else places
+            with counted(Fraction(places, seen) * (step // size if start + step <= length else 1)):
+                block(slice(start, stop), seen)
     return result.flatten(2, 3).transpose(1, 2), tangents.flatten(3, 4).transpose(2, 3)
 
 
