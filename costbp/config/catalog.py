@@ -44,6 +44,18 @@ class LoraTraining(Strict):
     dropout: float = Field(0.0, ge=0, lt=1, description="Before the adapters.")
     targets: tuple[str, ...] = Field(min_length=1, description="Names of the adapted linears.")
     blocks: Blocks = None
+    dora: bool = Field(
+        False,
+        exclude_if=lambda said: not said,
+        description="Lengths of the adapted weights' rows are trained, too (DoRA, Liu et al. 2024, arXiv "
+        "2402.09353).",
+    )
+    beside: tuple[str, ...] = Field(
+        (),
+        exclude_if=lambda said: not said,
+        description="Names of modules that are trained in full, as `embed_tokens` and `lm_head`; each is a "
+        "copy of its own, also where the base ties them.",
+    )
 
 
 class HeadTraining(Strict):
@@ -59,7 +71,21 @@ class FullTraining(Strict):
     blocks: Blocks = None
 
 
-Training = LoraTraining | HeadTraining | FullTraining
+class VirtualTokens(Strict):
+    """Tokens before a language model's text are trained, the base is frozen: their keys and values in
+    every block (`prefix`, Li & Liang 2021), or their embeddings (`prompt`, Lester et al. 2021)."""
+
+    kind: Literal["prefix", "prompt"]
+    tokens: int = Field(ge=1, description="That are put before the text; they take positions.")
+
+
+class NormTraining(Strict):
+    """Scales and shifts of the norms are trained, and a classification head."""
+
+    kind: Literal["norms"]
+
+
+Training = LoraTraining | HeadTraining | FullTraining | VirtualTokens | NormTraining
 
 
 class ModelEntry(Entry):
@@ -98,10 +124,12 @@ class ModelEntry(Entry):
                 "with 'head: label_words' and 'train: {kind: head}' nothing is trained"
             )
         if self.prefix == "cached" and not isinstance(train, HeadTraining):
-            if train.blocks is None:
+            if getattr(train, "blocks", None) is None:
                 raise ValueError(
                     "'prefix: cached' needs train.blocks: what is below them is cached"
                 )
+            if getattr(train, "beside", None):
+                raise ValueError("'prefix: cached' can't have train.beside: it may be below")
             if self.dropout:
                 raise ValueError("'prefix: cached' needs 'dropout: 0': cached states have none")
         return self
@@ -110,7 +138,28 @@ class ModelEntry(Entry):
     def _packed_is_frozen(self) -> Self:
         if self.base is not None and self.base.bits is not None and self.train.kind == "full":
             raise ValueError("packed weights (bits: 4) can't be trained in full; use train lora")
+        if (
+            self.base is not None
+            and self.base.bits is not None
+            and getattr(self.train, "dora", False)
+        ):
+            raise ValueError("train.dora reads whole weights: it can't have 'bits: 4'")
         return self
+
+    @model_validator(mode="after")
+    def _tokens_before_text(self) -> Self:
+        if isinstance(self.train, VirtualTokens) and not isinstance(self.source, PythonSource):
+            kind = f"'train: {{kind: {self.train.kind}}}'"
+            if self.source.form != "causal":
+                raise ValueError(f"{kind} serves models of form causal, not {self.source.form}")
+            if getattr(self.source, "loss_chunk", None):
+                raise ValueError(f"{kind} can't have source.loss_chunk: it would skip the tokens")
+        return self
+
+    @property
+    def virtual(self) -> int:
+        """Positions that trained tokens take from text."""
+        return self.train.tokens if isinstance(self.train, VirtualTokens) else 0
 
     @property
     def base(self) -> Source | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from costbp.config.catalog import LoraTraining, ModelEntry
+from costbp.config.catalog import LoraTraining, ModelEntry, VirtualTokens
 from costbp.config.profiles import Profile
 from costbp.config.sources import ConfigSource
 from costbp.errors import UserError
@@ -74,6 +74,11 @@ def _parted(made: nn.Module, entry: ModelEntry, profile: Profile) -> nn.Module:
             f"profile '{profile.label}' makes logits in parts, and a classifier has none"
         )
     whole: Any = made.model
+    if isinstance(entry.train, VirtualTokens):
+        raise UserError(
+            f"profile '{profile.label}' makes logits in parts, without the tokens of train.kind "
+            f"'{entry.train.kind}'"
+        )
     if isinstance(entry.train, LoraTraining):
         whole = whole.get_base_model()
     at_once = profile.chunk is not None
