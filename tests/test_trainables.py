@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from benchmarks.families import family_batch, family_source
-from costbp.config.catalog import LoraTraining, ModelEntry, NormTraining, VirtualTokens
+from costbp.config.catalog import ModelEntry
 from costbp.config.load import overlaid
+from costbp.config.trainables import LoraTraining, NormTraining, VirtualTokens
 from costbp.cost.bench import Bench
 from costbp.errors import UserError
 from costbp.estimators.forward_mode import directional_derivatives

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from costbp.config.catalog import LoraTraining, ModelEntry, VirtualTokens
+from costbp.config.catalog import ModelEntry
 from costbp.config.methods import MethodEntry
 from costbp.config.profiles import Profile
 from costbp.config.read import validate
 from costbp.config.shares import Shares
 from costbp.config.sources import ConfigSource
+from costbp.config.trainables import LoraTraining, VirtualTokens
 from costbp.cost.loops import Part, loop_step
 from costbp.cost.products import SIZES, knows, products, shares
 from costbp.cost.record import CostRecord

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from costbp.config.catalog import (
+from costbp.config.shares import Shares
+from costbp.config.sources import ConfigSource
+from costbp.config.trainables import (
     FullTraining,
     HeadTraining,
     LoraTraining,
@@ -21,8 +23,6 @@ from costbp.config.catalog import (
     Training,
     VirtualTokens,
 )
-from costbp.config.shares import Shares
-from costbp.config.sources import ConfigSource
 from costbp.errors import UserError, first_line
 
 

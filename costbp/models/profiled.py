@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from costbp.config.catalog import LoraTraining, ModelEntry, VirtualTokens
+from costbp.config.catalog import ModelEntry
 from costbp.config.profiles import Profile
 from costbp.config.sources import ConfigSource
+from costbp.config.trainables import LoraTraining, VirtualTokens
 from costbp.errors import UserError
 from costbp.models.architecture import transformers_config
 from costbp.models.build import finished

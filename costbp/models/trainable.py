@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from costbp.config.catalog import (
+from costbp.config.sources import Form
+from costbp.config.trainables import (
     FullTraining,
     HeadTraining,
     LoraTraining,
@@ -16,7 +17,6 @@ from costbp.config.catalog import (
     Training,
     VirtualTokens,
 )
-from costbp.config.sources import Form
 from costbp.errors import UserError
 from costbp.models.libraries import with_transformers
 from costbp.models.prefix import places, stack
