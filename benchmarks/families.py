@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import torch
 
-from costbp.config.catalog import ConfigSource, FullTraining, HeadTraining, LoraTraining, Training
+from costbp.config.catalog import ConfigSource
+from costbp.config.trainables import FullTraining, HeadTraining, LoraTraining, Training
 from costbp.models.architecture import sample_batch, transformers_config
 from costbp.models.build import build_from_config
 from costbp.objective import Batch, Objective

@@ -29,7 +29,7 @@ MODULES = [
     import_module(f"costbp.config.{name}")
     for name in (
         *("catalog", "claims", "costs", "evaluation", "insight", "loaders", "methods", "optimizer"),
-        *("parts", "profiles", "resources", "sources", "study", "tuning"),
+        *("parts", "profiles", "resources", "sources", "study", "trainables", "tuning"),
     )
 ]
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)

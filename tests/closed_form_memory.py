@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from costbp.config.catalog import LoraTraining
 from costbp.config.sources import ConfigSource
+from costbp.config.trainables import LoraTraining
 
 Step = Literal["backprop", "per_block", "forward", "forward_mode"]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.families import CLASSIFIERS, family_source
-from costbp.config.catalog import LoraTraining, ModelEntry
+from costbp.config.catalog import ModelEntry
+from costbp.config.trainables import LoraTraining
 
 METHODS = (
     "bp_vanilla",

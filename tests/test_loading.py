@@ -19,12 +19,11 @@ from costbp.config.catalog import (
     AssetSource,
     ConfigSource,
     FolderSource,
-    FullTraining,
-    HeadTraining,
     ModelEntry,
     RandomSource,
     Repository,
 )
+from costbp.config.trainables import FullTraining, HeadTraining
 from costbp.errors import UserError
 from costbp.estimators.forward_mode import directional_derivatives
 from costbp.models.architecture import longest, sample_batch, transformers_config

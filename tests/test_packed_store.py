@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.families import family_source
 from costbp.config import load_plan
-from costbp.config.catalog import FolderSource, HeadTraining, LocalData, ModelEntry, TaskEntry
+from costbp.config.catalog import FolderSource, LocalData, ModelEntry, TaskEntry
+from costbp.config.trainables import HeadTraining
 from costbp.data.pairs import Pair
 from costbp.data.prepare import prepare
 from costbp.errors import UserError

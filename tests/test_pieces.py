@@ -11,8 +11,9 @@ from torch import nn
 
 import costbp
 from costbp import objective as ground
-from costbp.config.catalog import FullTraining, ModelEntry
+from costbp.config.catalog import ModelEntry
 from costbp.config.load import overlaid
+from costbp.config.trainables import FullTraining
 from costbp.cost.bench import Bench
 from costbp.cost.step import CostCounter, forward_only
 from costbp.estimators import update as updates

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from transformers import BertConfig, BertModel
 
 from costbp.config import Cell, load_plan
-from costbp.config.catalog import FullTraining, ModelEntry
+from costbp.config.catalog import ModelEntry
+from costbp.config.trainables import FullTraining
 from costbp.data.pairs import Pair
 from costbp.data.prepare import load_prepared, prepare
 from costbp.errors import UserError

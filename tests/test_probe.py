@@ -9,9 +9,9 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 
 from benchmarks.families import FAMILIES, family_batch, family_objective, family_source
-from costbp.config.catalog import LoraTraining
 from costbp.config.load import load_plan
 from costbp.config.optimizer import LEAST_RATE, OptimizerSpec
+from costbp.config.trainables import LoraTraining
 from costbp.estimators.directions import Gaussian
 from costbp.estimators.oracles import Central, Exact, OneSided, _moving, _one, losses_at
 from costbp.estimators.precision import float32_products

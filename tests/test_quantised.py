@@ -10,9 +10,9 @@ from torch import nn
 from torch.func import vmap
 
 from benchmarks.families import family_source
-from costbp.config.catalog import LoraTraining
 from costbp.config.load import overlaid
 from costbp.config.sources import ConfigSource
+from costbp.config.trainables import LoraTraining
 from costbp.cost.bench import Bench
 from costbp.errors import UserError
 from costbp.estimators.forward_mode import directional_derivatives

@@ -9,11 +9,12 @@ import transformers
 from torch import nn
 
 from benchmarks.families import FAMILIES
-from costbp.config.catalog import BudgetEntry, FullTraining
+from costbp.config.catalog import BudgetEntry
 from costbp.config.load import overlaid
 from costbp.config.methods import BackpropSpec
 from costbp.config.optimizer import OptimizerSpec
 from costbp.config.shares import fewest_inputs
+from costbp.config.trainables import FullTraining
 from costbp.cost.bench import Bench
 from costbp.cost.ceiling import search
 from costbp.cost.step import measure_step

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from benchmarks.families import CLASSIFIERS, FAMILIES, family_source
-from costbp.config.catalog import FullTraining, ModelEntry
+from costbp.config.catalog import ModelEntry
 from costbp.config.load import overlaid
+from costbp.config.trainables import FullTraining
 from costbp.cost.bench import Bench
 from costbp.cost.weightless import META, MissingNumbersError, weightless
 from costbp.errors import UserError

@@ -21,45 +21,9 @@ from costbp.config.sources import (
     Repository,
     Source,
 )
+from costbp.config.trainables import HeadTraining, Training, VirtualTokens
 
 # --- models ----------------------------------------------------------------------------------
-
-
-Blocks = Annotated[
-    tuple[int, ...] | None,
-    Field(
-        min_length=1,
-        description="Of the base's repeated blocks those that are trained, from 0, or from the last, "
-        "which is -1; default: all.",
-    ),
-]
-
-
-class LoraTraining(Strict):
-    """LoRA adapters (Hu et al. 2021) and the classification head are trained, the base is frozen."""
-
-    kind: Literal["lora"]
-    rank: int = Field(ge=1, description="Rank of the adapters.")
-    alpha: float = Field(gt=0, description="Scale: alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Before the adapters.")
-    targets: tuple[str, ...] = Field(min_length=1, description="Names of the adapted linears.")
-    blocks: Blocks = None
-
-
-class HeadTraining(Strict):
-    """Only the head is trained, on features of the frozen base, computed once and cached."""
-
-    kind: Literal["head"]
-
-
-class FullTraining(Strict):
-    """Every parameter is trained, in the base's dtype, or those of some blocks and the head."""
-
-    kind: Literal["full"]
-    blocks: Blocks = None
-
-
-Training = LoraTraining | HeadTraining | FullTraining
 
 
 class ModelEntry(Entry):
@@ -98,10 +62,12 @@ class ModelEntry(Entry):
                 "with 'head: label_words' and 'train: {kind: head}' nothing is trained"
             )
         if self.prefix == "cached" and not isinstance(train, HeadTraining):
-            if train.blocks is None:
+            if getattr(train, "blocks", None) is None:
                 raise ValueError(
                     "'prefix: cached' needs train.blocks: what is below them is cached"
                 )
+            if getattr(train, "beside", None):
+                raise ValueError("'prefix: cached' can't have train.beside: it may be below")
             if self.dropout:
                 raise ValueError("'prefix: cached' needs 'dropout: 0': cached states have none")
         return self
@@ -110,7 +76,28 @@ class ModelEntry(Entry):
     def _packed_is_frozen(self) -> Self:
         if self.base is not None and self.base.bits is not None and self.train.kind == "full":
             raise ValueError("packed weights (bits: 4) can't be trained in full; use train lora")
+        if (
+            self.base is not None
+            and self.base.bits is not None
+            and getattr(self.train, "dora", False)
+        ):
+            raise ValueError("train.dora reads whole weights: it can't have 'bits: 4'")
         return self
+
+    @model_validator(mode="after")
+    def _tokens_before_text(self) -> Self:
+        if isinstance(self.train, VirtualTokens) and not isinstance(self.source, PythonSource):
+            kind = f"'train: {{kind: {self.train.kind}}}'"
+            if self.source.form != "causal":
+                raise ValueError(f"{kind} serves models of form causal, not {self.source.form}")
+            if getattr(self.source, "loss_chunk", None):
+                raise ValueError(f"{kind} can't have source.loss_chunk: it would skip the tokens")
+        return self
+
+    @property
+    def virtual(self) -> int:
+        """Positions that trained tokens take from text."""
+        return self.train.tokens if isinstance(self.train, VirtualTokens) else 0
 
     @property
     def base(self) -> Source | None:

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from costbp.config.catalog import LoraTraining, ModelEntry
+from costbp.config.catalog import ModelEntry
 from costbp.config.methods import MethodEntry
 from costbp.config.profiles import Profile
 from costbp.config.read import validate
 from costbp.config.shares import Shares
 from costbp.config.sources import ConfigSource
+from costbp.config.trainables import LoraTraining, VirtualTokens
 from costbp.cost.loops import Part, loop_step
-from costbp.cost.products import SIZES, products, shares
+from costbp.cost.products import SIZES, knows, products, shares
 from costbp.cost.record import CostRecord
 from costbp.cost.step import CostCounter, StepCost, forward_flops, measure_step
 from costbp.cost.weightless import MissingNumbersError, weightless
@@ -147,15 +148,17 @@ class Bench:
     @property
     def parameters(self) -> int:
         """Weights of the model without adapters, packed ones counted one by one."""
-        module, lora = self.objective.module, isinstance(self.entry.train, LoraTraining)
-        plain = sum(p.numel() for p in module.parameters() if not (lora and p.requires_grad))
+        module, added = self.objective.module, LoraTraining | VirtualTokens
+        apart = isinstance(self.entry.train, added)
+        plain = sum(p.numel() for p in module.parameters() if not (apart and p.requires_grad))
         packed = [m for m in module.modules() if isinstance(m, PackedLinear)]
         return plain + sum(m.in_features * m.out_features for m in packed)
 
     @property
     def longest(self) -> int:
         """Tokens that the model has positions for."""
-        return longest(self.config.to_dict()) or 2**17  # relative positions have no end
+        found = longest(self.config.to_dict()) or 2**17  # relative positions have no end
+        return found - self.entry.virtual
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
@@ -181,7 +184,16 @@ class Bench:
             ) from error
 
     def sample(self, batch: int, length: int) -> Batch:
-        """A random batch of that many examples and tokens."""
+        """A random batch of that many examples and tokens.
+
+        Raises:
+            UserError: longer than the model's positions, or too short for an image.
+        """
+        if self.entry.virtual and length > self.longest:
+            raise UserError(
+                f"length {length} exceeds the {self.longest} positions that train.tokens = "
+                f"{self.entry.virtual} leaves"
+            )
         with self.on_device():
             padding = self.profile is None or self.profile.padding
             data = sample_batch(self.config, self.form, batch, length, self.classes, padding)
@@ -276,7 +288,7 @@ class Bench:
         known."""
         source, tensors = self.entry.source, len(self.objective.slices)
         assert isinstance(source, ConfigSource)
-        if source.config["model_type"] not in SIZES:
+        if source.config["model_type"] not in SIZES or not knows(self.entry.train):
             return Shares(tensors=tensors, blocks=self.blocks)
         rows, length = data["input_ids"].shape
         grid = int(data["image_grid_thw"][0, 1]) if "image_grid_thw" in data else 0

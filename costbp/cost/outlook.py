@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from costbp.config.sources import ConfigSource
 from costbp.config.study import Cell, Plan
-from costbp.cost.products import SIZES, Product, products, shares
+from costbp.cost.products import SIZES, Product, knows, products, shares
 from costbp.errors import UserError
 from costbp.tasks.base import load_task
 
@@ -60,6 +60,8 @@ class Known:
         entry, data = self.plan.catalog.models[model], self.plan.catalog.tasks[task]
         source = entry.source
         if not isinstance(source, ConfigSource) or source.config["model_type"] not in SIZES:
+            return None
+        if not knows(entry.train):
             return None
         if (model, task) not in self._pairs:
             classes = len(load_task(data.loader).names) or 1

@@ -14,12 +14,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from costbp.config.catalog import FullTraining, HeadTraining, LoraTraining
 from costbp.config.shares import Shares
 from costbp.config.sources import ConfigSource
+from costbp.config.trainables import (
+    FullTraining,
+    HeadTraining,
+    LoraTraining,
+    NormTraining,
+    Training,
+    VirtualTokens,
+)
 from costbp.errors import UserError, first_line
-
-Training = LoraTraining | HeadTraining | FullTraining
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,13 @@ class _Sizes:
     stops_early: bool  # the same of the block
 
 
+def knows(train: Training) -> bool:
+    """Whether products say it all: DoRA also multiplies weights, and any module may stand beside."""
+    if not isinstance(train, LoraTraining):
+        return True
+    return not train.dora and set(train.beside) <= {"embed_tokens", "lm_head"}
+
+
 def products(
     source: ConfigSource, train: Training, batch: int, length: int, classes: int = 4, grid: int = 0
 ) -> list[Product]:
@@ -119,14 +131,20 @@ def _products(
     sizes = SIZES[config["model_type"]](text)
     full = isinstance(train, FullTraining)
     fused = source.attention == "sdpa"
-    found = list(_vision(config, batch, grid, full, fused)) if grid else []
-    tokens = batch * length
-    live_input = full
+    tokens, keys = batch * length, length
+    if isinstance(train, VirtualTokens):  # a prompt's places are queries, too; a prefix's are keys
+        keys += train.tokens
+        tokens += batch * train.tokens * (train.kind == "prompt")
+    norms = isinstance(train, NormTraining)
+    found = list(_vision(config, batch, grid, full, norms, fused)) if grid else []
+    below = "embed_tokens" in getattr(train, "beside", ())
+    prompt = isinstance(train, VirtualTokens) and train.kind == "prompt"
+    live_input = full or below or prompt or norms
     first = config["vision_config"]["depth"] if grid else 0  # the image tower's blocks come first
     for block in range(first, first + sizes.blocks):
-        found += _block(sizes, train, block, tokens, length, live_input, fused)
+        found += _block(sizes, train, block, tokens, keys, live_input, fused)
         live_input = not isinstance(train, HeadTraining)
-    return found + _head(source, train, sizes, batch, tokens, classes, live_input)
+    return found + _head(source, train, sizes, batch, batch * length, classes, live_input)
 
 
 def _block(
@@ -134,7 +152,7 @@ def _block(
     train: Training,
     block: int,
     tokens: int,
-    length: int,
+    keys: int,
     live_input: bool,
     fused: bool,
 ) -> list[Product]:
@@ -159,7 +177,9 @@ def _block(
     given = int(live_input)
     for role, width in (("query", hidden), ("key", sizes.keys), ("value", sizes.keys)):
         live[role] = linear(sizes.names[role], hidden, width, given)
-    scores = 2.0 * tokens * length * hidden
+    if isinstance(train, VirtualTokens) and train.kind == "prefix":
+        live |= {"key": 1, "value": 1}
+    scores = 2.0 * tokens * keys * hidden
     mixed = int(bool(live["query"] or live["key"]))
     found.append(Product(scores, live["query"] + live["key"], block, 0, fused=fused))
     found.append(Product(scores, mixed + live["value"], block, 0, fused=fused))
@@ -182,7 +202,9 @@ def _head(
     live: bool,
 ) -> list[Product]:
     hidden, given = sizes.hidden, int(live)
-    trained = int(source.form == "classifier" or not isinstance(train, LoraTraining))
+    trained = int(
+        isinstance(train, FullTraining | HeadTraining) or "lm_head" in getattr(train, "beside", ())
+    )
     kind = source.config["model_type"]
     if source.form != "classifier":
         text = source.config.get("text_config", source.config)
@@ -198,27 +220,28 @@ def _head(
 
 
 def _vision(
-    config: dict[str, Any], batch: int, grid: int, full: bool, fused: bool
+    config: dict[str, Any], batch: int, grid: int, full: bool, norms: bool, fused: bool
 ) -> Sequence[Product]:
     """Qwen2-VL's image tower: patches attend within their image."""
     vision = config["vision_config"]
-    width, live, patches = vision["embed_dim"], int(full), batch * grid * grid
+    width, given, patches = vision["embed_dim"], int(full or norms), batch * grid * grid
+    live = given + full
     inner = int(width * vision["mlp_ratio"])
     merged = width * vision.get("spatial_merge_size", 2) ** 2
     pixels = 3 * vision.get("temporal_patch_size", 2) * vision["patch_size"] ** 2
-    found = [Product(2.0 * patches * pixels * width, live)]
+    found = [Product(2.0 * patches * pixels * width, int(full))]
     for block in range(vision["depth"]):
-        number = block if full else None  # without a gradient to pass on nothing is recomputed
+        number = block if given else None  # without a gradient to pass on nothing is recomputed
         per_patch = 2.0 * patches * width
         found += [
-            Product(per_patch * 3 * width, 2 * live, number, 0),
-            Product(per_patch * 2 * grid * grid, 2 * live, number, 0, fused=fused),
-            Product(per_patch * width, 2 * live, number, 0, last=True),
-            Product(per_patch * inner, 2 * live, number),
-            Product(per_patch * inner, 2 * live, number, last=True),
+            Product(per_patch * 3 * width, live, number, 0),
+            Product(per_patch * 2 * grid * grid, 2 * given, number, 0, fused=fused),
+            Product(per_patch * width, live, number, 0, last=True),
+            Product(per_patch * inner, live, number),
+            Product(per_patch * inner, live, number, last=True),
         ]
     tokens = patches * width / merged
-    found.append(Product(2.0 * tokens * merged * (merged + vision["hidden_size"]), 2 * live))
+    found.append(Product(2.0 * tokens * merged * (merged + vision["hidden_size"]), live))
     return found
 
 

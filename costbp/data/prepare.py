@@ -93,8 +93,9 @@ def _prepare(pair: Pair) -> None:
     pair.check()
     parts = split(read_examples(task, task_name, assets).examples, task, task_name)
     limit = longest(configuration(model, assets))
-    if limit is not None and isinstance(model.source, PythonSource):
-        limit -= model.source.image_positions
+    if limit is not None:
+        limit -= model.virtual
+        limit -= model.source.image_positions if isinstance(model.source, PythonSource) else 0
     if limit is not None and task.max_length > limit:
         raise UserError(
             f"task '{task_name}': max_length = {task.max_length}, and model '{model_name}' has "

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from costbp.config.catalog import FullTraining, LoraTraining, ModelEntry, Training
+from costbp.config.catalog import ModelEntry
 from costbp.config.sources import ConfigSource, Form, PythonSource
+from costbp.config.trainables import FullTraining, LoraTraining, Training
 from costbp.console import say
 from costbp.errors import UserError
 from costbp.models.architecture import transformers_config

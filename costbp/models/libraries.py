@@ -11,11 +11,13 @@ from contextlib import contextmanager
 @contextmanager
 def with_transformers() -> Iterator[None]:
     """For blocks that import transformers or peft: no notes and bars, no warning of a name that peft
-    still asks for, and no garbage collection, which finds nothing and takes a fifth of ten seconds."""
+    still asks for, nor of copies of tied weights, and no garbage collection, which finds nothing and takes a
+    fifth of ten seconds."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)
         from transformers.utils import logging
 
         logging.set_verbosity_error()

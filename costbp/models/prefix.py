@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from costbp.config.catalog import FullTraining, LoraTraining, Training
+from costbp.config.trainables import FullTraining, LoraTraining, Training
 from costbp.errors import UserError
 from costbp.objective import Batch
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from costbp.config.catalog import LoraTraining, ModelEntry
+from costbp.config.catalog import ModelEntry
 from costbp.config.profiles import Profile
 from costbp.config.sources import ConfigSource
+from costbp.config.trainables import LoraTraining, VirtualTokens
 from costbp.errors import UserError
 from costbp.models.architecture import transformers_config
 from costbp.models.build import finished
@@ -86,6 +87,11 @@ def _parted(made: nn.Module, entry: ModelEntry, profile: Profile) -> nn.Module:
             f"profile '{profile.label}' makes logits in parts, and a classifier has none"
         )
     whole: Any = made.model
+    if isinstance(entry.train, VirtualTokens):
+        raise UserError(
+            f"profile '{profile.label}' makes logits in parts, without the tokens of train.kind "
+            f"'{entry.train.kind}'"
+        )
     if isinstance(entry.train, LoraTraining):
         whole = whole.get_base_model()
     at_once = profile.chunk is not None

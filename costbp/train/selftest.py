@@ -19,9 +19,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from costbp.config.catalog import LoraTraining, ModelEntry
+from costbp.config.catalog import ModelEntry
 from costbp.config.methods import MethodEntry
 from costbp.config.sources import ConfigSource
+from costbp.config.trainables import LoraTraining
 from costbp.cost.bench import Bench
 from costbp.device import free, out_of_memory
 from costbp.estimators.memory_plans import PLANS
