@@ -51,7 +51,7 @@ def fit(
     ] = None,
     method: Annotated[
         str, typer.Option("--method", "-M", help="Comma-separated; default: the usual ones.")
-    ] = "bp_vanilla,bp_selective,bp_checkpointing,fmad_vanilla,fmad_multiple,zo_vanilla",
+    ] = "bp_vanilla,bp_selective,bp_checkpointing,bp_sublayer,fmad_vanilla,fmad_multiple,zo_vanilla",
     batch: Annotated[int, typer.Option(min=1, help="Examples a batch.")] = BATCH,
     seq: Annotated[int, typer.Option(min=2, help="Tokens an example.")] = SEQ,
     reserve: Annotated[
@@ -75,7 +75,7 @@ def fit(
 
     with with_transformers():
         from costbp.cost.bench import Bench
-        from costbp.cost.fit import Fitting, models_that_fit
+        from costbp.cost.fit import Fitting, fits, models_that_fit
         from costbp.cost.pairs import traceable
 
     study = load(config, plan)
@@ -102,12 +102,10 @@ def fit(
     entry = model_entry(study, model, settings)
     entry = traceable(entry, study.study.paths.cache / "assets") or entry
     search = Fitting(Bench(entry, name=model, profile=loop), methods)
-    fits = [
-        search.fit(name, card, limit, shape, lengths)
-        for name in track(names, f"fitting {model}")
-        for card, limit in limits.items()
-    ]
-    hand_out(fits, out, as_json, lambda: show_fits(study, fits, limits))
+    found = fits(search, limits, shape, lengths)
+    told = zip(track(names, f"fitting {model}"), found, strict=True)
+    every = [fit for _, some in told for fit in some]
+    hand_out(every, out, as_json, lambda: show_fits(study, every, limits))
 
 
 def show_fits(study: Plan, fits: Sequence[Fit], limits: Mapping[str, int]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -152,6 +154,31 @@ class Fitting:
         if curve is not None and found and not curve(found)[1]:
             found = largest(traced, limit, most, (found, found + 1))
         return grain * found
+
+
+_search: Fitting | None = None  # of this process and of those that it forks
+
+
+def _fits(asked: tuple[str, Mapping[str, int], Shape, bool]) -> list[Fit]:
+    name, limits, shape, lengths = asked
+    assert _search is not None
+    return [_search.fit(name, card, limit, shape, lengths) for card, limit in limits.items()]
+
+
+def fits(
+    search: Fitting, limits: Mapping[str, int], shape: Shape, lengths: bool
+) -> Iterator[list[Fit]]:
+    """What each method can do on each card, one method after the other; on several cores in processes
+    that are forked with the model that is there."""
+    global _search
+    _search = search
+    asked = [(name, limits, shape, lengths) for name in search.methods]
+    workers = min(len(asked), os.cpu_count() or 1) if hasattr(os, "fork") else 1
+    if workers == 1:
+        yield from map(_fits, asked)
+        return
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        yield from pool.imap(_fits, asked)
 
 
 def cheapest_plan(plan: Plan, found: Sequence[Fit], limit: float) -> Fit | None:
