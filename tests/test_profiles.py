@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from costbp.cli import app
 from costbp.config.catalog import Catalog, ModelEntry
 from costbp.config.load import load_catalog
 from costbp.config.profiles import FourBit, Profile
@@ -251,3 +253,27 @@ def test_mezo_moves_each_parameter_by_copies(catalog: Catalog) -> None:
     for part, copies in (("perturb", 3), ("update", 4)):
         found = bench.cost("zo_vanilla", method, 1, 8, part=part)  # type: ignore[arg-type]
         assert found.peak_bytes == copies * 2 * V * H
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--profile", "hf_trainr"], "no entry 'hf_trainr'; allowed: costbp, hf_trainer"),
+        (["--set", "profile.foreach=true"], "names no --profile that it is a setting of"),
+        (
+            ["--profile", "litgpt", "--set", "profile.optimizer=lion"],
+            "optimizer = 'lion' is not known",
+        ),
+        (["--profile", "litgpt", "--device", "cpu"], "--profile is traced without weights"),
+        (
+            ["--profile", "litgpt", "--set", "source.loss_chunk=8"],
+            "source.loss_chunk is of this package",
+        ),
+        (["--profile", "litgpt", "--seq", "999999"], "exceeds the model's maximum of"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], words: str) -> None:
+    command = ["cost", "--model", "llama_3_1_8b", "--method", "bp_vanilla", *arguments]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code != 0
+    assert words in str(result.exception)

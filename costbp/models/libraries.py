@@ -17,7 +17,9 @@ def with_transformers() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        getLogger("bitsandbytes").setLevel(ERROR)  # it misses a package for CPUs that nothing here calls
+        getLogger("bitsandbytes").setLevel(
+            ERROR
+        )  # it misses a package for CPUs that nothing here calls
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep", FutureWarning)
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings", UserWarning)
         from transformers.utils import logging
