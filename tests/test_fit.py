@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from benchmarks.families import family_source
 from costbp.config.load import overlaid
 from costbp.cost.bench import Bench, entry_from_config
 from costbp.cost.fit import Fitting, between, cheapest_plan, largest, models_that_fit
+from costbp.cost.pairs import traceable
 from costbp.cost.products import products, shares
 from costbp.errors import UserError
 from costbp.meter import Meter, looping
@@ -285,3 +287,11 @@ def test_shares_of_the_rule_of_thumb(plan):
     assert methods["bp_checkpointing"].closed_form() == 3
     found = shares(products(family_source("llama", layers=64, hidden=512), lora("llama"), 1, 16))
     assert math.isclose(found.live, 1, abs_tol=0.02)
+
+
+def test_settings_of_a_configuration_s_source_are_kept() -> None:
+    """A trace of a configuration's own source loses none of its keys."""
+    entry = overlaid(small("llama"), {"source.loss_chunk": 8}, "test")
+    found = traceable(entry, Path("assets"))
+    assert found is not None
+    assert found.source.loss_chunk == 8

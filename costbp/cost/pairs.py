@@ -148,6 +148,8 @@ def traceable(entry: ModelEntry, assets: Path) -> ModelEntry | None:
         return None
     for part in (values, values.get("text_config", {})):
         part |= {n: entry.dropout for n in DROPOUTS if n in part and entry.dropout is not None}
+    if isinstance(source, ConfigSource):
+        return entry.model_copy(update={"source": source.model_copy(update={"config": values})})
     held = {name: getattr(source, name) for name in Source.model_fields}
     config = ConfigSource(kind="config", config=values, **held)
     return entry.model_copy(update={"source": config})
