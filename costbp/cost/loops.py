@@ -139,7 +139,11 @@ def loop_step(
                 meter.work = {}
                 _in_place(objective, batch, 2 * passes, method.optimizer.weight_decay, part)
         else:
-            assert isinstance(estimator.per_batch, Backprop)
+            if not isinstance(estimator.per_batch, Backprop):
+                raise UserError(
+                    f"profile '{profile.label}' runs backpropagation under a memory plan, and "
+                    f"'{method.label}' is an estimator of its own"
+                )
             plan, default = estimator.per_batch.plan, method.optimizer.name
             loop = Loop(objective, plan, profile, default, cached)
             if part == "step":
