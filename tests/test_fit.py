@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from benchmarks.families import family_source
+from costbp.cli import app
 from costbp.config.load import overlaid
 from costbp.cost.bench import Bench, entry_from_config
 from costbp.cost.fit import Fitting, between, cheapest_plan, largest, models_that_fit
@@ -295,3 +297,10 @@ def test_settings_of_a_configuration_s_source_are_kept() -> None:
     found = traceable(entry, Path("assets"))
     assert found is not None
     assert found.source.loss_chunk == 8
+
+
+def test_a_reserve_that_leaves_nothing() -> None:
+    arguments = ["fit", "--memory", "1GB", "--model", "bert_base"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code != 0
+    assert "--memory 1GB: --reserve 1.3GB leaves nothing of it" in str(result.exception)

@@ -83,7 +83,11 @@ def test_differences_are_kept(found: list[Row]) -> None:
 def test_every_row_of_memory_is_expressed_or_says_why_not(plan: Plan) -> None:
     rows = read_rows(FOLDER / "measurements.csv")
     assert len(rows) == 192
-    silent = [row for row in rows if row["source"].startswith(("huggingface", "liang", "B-PDF"))]
+    silent = [
+        row
+        for row in rows
+        if row["source"].startswith(("huggingface/peft README", "liang", "B-PDF"))
+    ]
     assert silent
     path = FOLDER / "measurements.csv"
     kept = list(predict(plan, path, lambda given: [g for g in given if g[1] in silent]))

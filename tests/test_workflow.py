@@ -147,7 +147,7 @@ def test_costs_at_full_size_are_traced_and_drawn(study):
     page = (folder / "index.html").read_text()
     assert page.count("<figure id=") == page.count("<svg ") == 5 and "BERT-base" in page
     (fit,) = json.loads((study / "results/smoke/costs/fits/bert_base.json").read_text())
-    assert fit["memory"] == "1GB" and fit["batch"] > 1 and fit["length"] is None
+    assert fit["memory"] == "3GB" and fit["batch"] > 1 and fit["length"] is None
     again = snakemake(study, "costs", "--configfile", SMOKE)
     assert "Nothing to be done" in again.stdout + again.stderr
 

@@ -111,3 +111,10 @@ def test_snakemake_refuses_a_study_with_a_key_twice(workdir):
     assert "smoke.yaml: key 'seeds' stands twice in one mapping, at lines " in said
     assert "Traceback" not in said
     assert not Path("results").exists()
+
+
+def test_an_overlay_without_keys_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cut.yaml"
+    path.write_text("# yaml-language-server: $schema=../../")
+    with pytest.raises(UserError, match=r"cut\.yaml: holds no keys; is it cut off"):
+        load_plan([path], base=ROOT / "config/config.yaml")

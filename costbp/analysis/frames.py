@@ -24,6 +24,7 @@ RUNS, CURVES, COSTS = "runs.parquet", "curves.parquet", "costs.parquet"
 CELL = ["model", "task", "method", "budget"]
 SIZES = ["loss", "derivative_rms", "gradient_norm"]
 SPIKE, WINDOW = 10, 100  # times the median of so many steps
+COSTED = [name for name in CostRecord.model_fields if name != "predicted"]
 EVALUATED = ["step", "forward_units", "flops", "seconds", "validation_accuracy", "validation_loss"]
 
 
@@ -121,11 +122,11 @@ def collect(plan: Plan, retry: str | None = None) -> Frames:
                 raise
             uncounted.append(f"{model}/{task}")
         else:
-            costs += [cost.model_dump() for cost in found]
+            costs += [cost.model_dump(exclude={"predicted"}) for cost in found]
     if not runs:
         raise UserError(f"study '{plan.name}': no run has finished yet", 1)
     table = pd.DataFrame(runs)
-    counted = _measured(pd.DataFrame(costs, columns=list(CostRecord.model_fields)), table)
+    counted = _measured(pd.DataFrame(costs, columns=COSTED), table)
     lack = None
     if missing or uncounted:
         lacking = pd.DataFrame(missing, columns=[*CELL, "seed", "reason"])

@@ -88,6 +88,8 @@ def fit(
     if not sizes:
         raise UserError("name the card's --memory, as 24GB, or its --card")
     limits = {size: bytes_of("memory", size) - reserved for size in sizes}
+    if small := [size for size, limit in limits.items() if limit <= 0]:
+        raise UserError(f"--memory {small[0]}: --reserve {reserve} leaves nothing of it")
     shape = (batch, seq)
     if model is None and profile is not None:
         raise UserError("--profile: name the --model that its loop trains")

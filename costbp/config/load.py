@@ -132,6 +132,8 @@ def load_plan(
 
 def _load_plan(overlays: Sequence[Path], merged: Mapping[str, Any] | None, base: Path) -> Plan:
     sources = [(path, read_yaml(path)) for path in dict.fromkeys([base, *overlays])]
+    if empty := [path for path, content in sources if content == {}]:
+        raise UserError(f"{empty[0]}: holds no keys; is it cut off?")
     data: Mapping[str, Any] = laid_over(sources)
     if merged is not None:
         if beyond := {key: value for key, value in merged.items() if data.get(key) != value}:
