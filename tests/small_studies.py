@@ -87,7 +87,7 @@ def fewer(costs: dict[str, Any]) -> dict[str, Any]:
         name: {"values": SHORTER.get(sweep["key"], sweep["values"][:2])}
         for name, sweep in costs["sweeps"].items()
     }
-    return {"sweeps": sweeps, "fits": {"cards": ["1GB"]}}
+    return {"sweeps": sweeps, "fits": {"cards": ["2GB"]}}
 
 
 def lay_over(study: str, budget: dict[str, Any] = SPENT) -> tuple[Plan, list[str]]:
