@@ -102,7 +102,6 @@ def counted(times: int | Fraction) -> Iterator[None]:
         _TIMES.pop()
 
 
-aten = torch.ops.aten
 FREE = {  # operators that move nothing, beside views that say they are
     aten._unsafe_view.default,
     aten.empty.memory_format,

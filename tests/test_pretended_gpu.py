@@ -25,9 +25,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.families import FAMILIES, family_batch, family_objective
+from benchmarks.families import FAMILIES
 from costbp import device as measured
 from costbp.config import Cell, load_plan
 from costbp.config.load import overlaid
@@ -47,7 +46,7 @@ from costbp.train.loop import Run
 from costbp.train.record import STEPS
 from tests.conftest import ROOT, working_copy
 from tests.pretended_gpu import BYTES, Mixed, backend, install
-from tests.small import SIZE
+from tests.pretended_steps import Plain, methods, moved, unasked
 from tests.test_standins import BY_EXAMPLE, KINDS, draw_easy_vqa
 
 INSIDE = "PRETENDED_GPU" in os.environ
@@ -81,44 +80,6 @@ def outcomes(request, tmp_path_factory) -> dict[str, list[str]]:
         wrong = [part.text or "" for part in case if part.tag in ("failure", "error")]
         ended[case.get("name", "").partition("[")[0]] += wrong
     return dict(ended)
-
-
-class Plain(TorchDispatchMode):
-    """Lets every operator pass."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # there is none to skip, and skipping takes longer than passing
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
-@functools.cache
-def methods() -> dict[str, Any]:
-    """The catalog's; snapshots, masks and calibrations anew every second step, of few batches."""
-
-    def frequent(method):
-        text = method.model_dump(mode="json")
-        twos = {"accumulate", "period", "snapshot_batches", "refresh", "every"}
-        for part in (text, text["svrg"] or {}, text["estimator"].get("directions", {})):
-            part.update((key, 2) for key in twos & set(part) if part[key] not in (1, None))
-        return type(method).model_validate(text)
-
-    with contextlib.chdir(ROOT):
-        return {name: frequent(method) for name, method in load_plan().catalog.methods.items()}
-
-
-def moved(family: str, device: torch.device, **options: Any) -> tuple[Objective, Batch]:
-    objective = family_objective(family, **SIZE | options)
-    batch = family_batch(family, 2, 8, SIZE["vocabulary"])
-    objective = Objective(objective.module.to(device), objective.loss)
-    return objective, {name: value.to(device) for name, value in batch.items()}
-
-
-def unasked(waits: list[str]) -> list[str]:
-    """Without those of transformers, which looks whether fused attention can do without its mask."""
-    return [place for place in waits if "transformers/masking_utils.py" not in place]
 
 
 def three_steps(objective: Objective, batch: Batch, method: Any) -> tuple[list[Any], list[str]]:

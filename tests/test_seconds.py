@@ -95,14 +95,16 @@ def test_a_record_has_seconds_and_energy(plan):
     methods, bench = plan.catalog.methods, Bench(small("llama"))
     found = {m: bench.cost(m, methods[m], 2, 16) for m in ("bp_vanilla", "bp_checkpointing")}
     for record in found.values():
-        assert set(record.predicted) == set(CARDS)
+        assert set(record.seconds_by_card) == set(CARDS)
         on = record.on("h100")
-        assert on.joules == on.card_seconds * 700 and on.card_seconds == record.predicted["h100"]
-    times = [record.predicted["iphone15"] for record in found.values()]
+        assert (
+            on.joules == on.card_seconds * 700 and on.card_seconds == record.seconds_by_card["h100"]
+        )
+    times = [record.seconds_by_card["iphone15"] for record in found.values()]
     assert times[0] < times[1]
     twice = bench.cost("zo_accumulate", methods["zo_accumulate"], 2, 16)
     once = bench.cost("zo_vanilla", methods["zo_vanilla"], 2, 16)
-    ratio = twice.predicted["h100"] / once.predicted["h100"]
+    ratio = twice.seconds_by_card["h100"] / once.seconds_by_card["h100"]
     assert math.isclose(ratio, twice.flops / once.flops, rel_tol=0.15)
 
 

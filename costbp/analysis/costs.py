@@ -63,7 +63,7 @@ def table(plan: Plan, traces: pd.DataFrame) -> pd.DataFrame:
         }
     )
     if name is not None:
-        spent = frame["predicted"].map(lambda by_card: by_card[name])
+        spent = frame["seconds_by_card"].map(lambda by_card: by_card[name])
         found[f"Seconds on {name}"] = spent.map("{:.3g}".format)
         found["Joules"] = (spent * card(name).watts).map("{:.3g}".format)
     return found
@@ -79,7 +79,7 @@ def write(plan: Plan, folder: Path) -> None:
     write_text(folder / "costs.md", markdown(words))
     write_text(
         folder / "costs.csv",
-        found["traces"].drop(columns=["sweep", "predicted"]).to_csv(index=False),
+        found["traces"].drop(columns=["sweep", "seconds_by_card"]).to_csv(index=False),
     )
     models = [plan.catalog.models[name] for name in dict.fromkeys(found["traces"]["model"])]
     text = render(

@@ -24,7 +24,7 @@ RUNS, CURVES, COSTS = "runs.parquet", "curves.parquet", "costs.parquet"
 CELL = ["model", "task", "method", "budget"]
 SIZES = ["loss", "derivative_rms", "gradient_norm"]
 SPIKE, WINDOW = 10, 100  # times the median of so many steps
-COSTED = [name for name in CostRecord.model_fields if name != "predicted"]
+COSTED = [name for name in CostRecord.model_fields if name != "seconds_by_card"]
 EVALUATED = ["step", "forward_units", "flops", "seconds", "validation_accuracy", "validation_loss"]
 
 
@@ -122,7 +122,7 @@ def collect(plan: Plan, retry: str | None = None) -> Frames:
                 raise
             uncounted.append(f"{model}/{task}")
         else:
-            costs += [cost.model_dump(exclude={"predicted"}) for cost in found]
+            costs += [cost.model_dump(exclude={"seconds_by_card"}) for cost in found]
     if not runs:
         raise UserError(f"study '{plan.name}': no run has finished yet", 1)
     table = pd.DataFrame(runs)

@@ -220,7 +220,7 @@ class Bench:
         timed = timed and self.device != "meta"
         counter = CostCounter(estimator, forwards=self._forwards)
         with self.tracing():
-            found = self._measured(method, data, counter, timed, part)
+            found = self._measured(method, data, counter, True, timed, part)
             allocated = self._allocated(estimator, data) if timed else {}
         return CostRecord(
             model=self.name,
@@ -240,8 +240,9 @@ class Bench:
         with self.tracing():
             return forward_flops(self.objective, self.sample(batch, length), self._forwards)
 
-    def trace(self, method: MethodEntry, batch: int, length: int) -> Trace:
-        """A step of one method, in half the time of ``cost``.
+    def trace(self, method: MethodEntry, batch: int, length: int, *, replay: bool = False) -> Trace:
+        """A step of one method, in half the time of ``cost``; what a GPU's allocator makes of it if
+        ``replay`` asks for it.
 
         Raises:
             UserError: see ``cost``.
@@ -249,7 +250,7 @@ class Bench:
         data = self.sample(batch, length)
         counter = CostCounter(method.build(), named=False, forwards=self._forwards)
         with self.tracing():
-            found = self._measured(method, data, counter)
+            found = self._measured(method, data, counter, replay)
         total = found.weights_bytes + found.state_bytes + found.peak_bytes
         taken = found.allocated or 0, found.reserved or 0
         return Trace(found.flops, total, tuple(counter.timelines), *taken)
@@ -259,16 +260,23 @@ class Bench:
         method: MethodEntry,
         data: Batch,
         counter: CostCounter,
+        replay: bool,
         timed: bool = False,
         part: Part = "step",
     ) -> StepCost:
         if self.profile is not None:
-            found, timeline = loop_step(self.objective, method, data, self.profile, part)
+            found, timeline = loop_step(self.objective, method, data, self.profile, part, replay)
             counter.timelines.append(timeline)
             return found
         optimizer = method.optimizer.build(self.objective.theta)
         return measure_step(
-            self.objective, method.build(), optimizer, data, timed=timed, counter=counter
+            self.objective,
+            method.build(),
+            optimizer,
+            data,
+            timed=timed,
+            counter=counter,
+            replay=replay,
         )
 
     def _allocated(self, estimator: Estimator, data: Batch) -> dict[str, int]:

@@ -97,15 +97,15 @@ class Fitting:
     _known: dict[tuple[str, Shape], Trace] = field(default_factory=dict)
     _curves: dict[tuple[str, Shape, bool], Curve | None] = field(default_factory=dict)
 
-    def trace(self, name: str, shape: Shape) -> Trace:
+    def trace(self, name: str, shape: Shape, replay: bool = False) -> Trace:
         if (name, shape) not in self._known:
-            self._known[name, shape] = self.bench.trace(self.methods[name], *shape)
+            self._known[name, shape] = self.bench.trace(self.methods[name], *shape, replay=replay)
         return self._known[name, shape]
 
     def fit(self, name: str, memory: str, limit: float, shape: Shape, lengths: bool = True) -> Fit:
         """What the method can do within ``limit`` bytes: at the wanted batch and length, the largest
         batch at that length, and the largest length (in steps of eight tokens) at that batch."""
-        wanted = self.trace(name, shape)
+        wanted = self.trace(name, shape, replay=True)
         return Fit(
             model=self.bench.name,
             memory=memory,

@@ -19,7 +19,7 @@ from costbp.config.methods import MethodEntry
 from costbp.config.profiles import Profile
 from costbp.cost.allocator import replayed
 from costbp.cost.categories import GRADIENTS, Categories
-from costbp.cost.step import StepCost, forward_only, frozen_bytes, predicted
+from costbp.cost.step import StepCost, forward_only, frozen_bytes, seconds_by_card
 from costbp.errors import UserError
 from costbp.estimators.backprop import Backprop
 from costbp.estimators.memory_plans import Keeping, MemoryPlan, per_block
@@ -112,12 +112,18 @@ Part = Literal["step", "forward", "perturb", "update", "weights"]
 
 
 def loop_step(
-    objective: Objective, method: MethodEntry, batch: Batch, profile: Profile, part: Part = "step"
+    objective: Objective,
+    method: MethodEntry,
+    batch: Batch,
+    profile: Profile,
+    part: Part = "step",
+    replay: bool = True,
 ) -> tuple[StepCost, Timeline]:
     """What a step of the profile's loop takes, and the storages that come and go in it.
 
     Args:
         part: of a step in place, or ``weights``: what is there before it.
+        replay: say what a GPU's allocator would hand out and keep, too.
 
     Raises:
         UserError: the profile has no loop for the method.
@@ -166,7 +172,7 @@ def loop_step(
     found = meter.at_peak()
     timeline = meter.timeline()
     sizes = [*frozen, objective.theta.nbytes, *(t.nbytes for t in states)]
-    allocated, reserved = replayed(sizes, timeline)
+    allocated, reserved = replayed(sizes, timeline) if replay else (None, None)
     cost = StepCost(
         forward_units=meter.flops / steps / forward.flops,
         flops=meter.flops / steps,
@@ -176,7 +182,7 @@ def loop_step(
         weights_bytes=weights,
         state_bytes=objective.theta.nbytes + state,
         d=objective.d,
-        predicted=predicted((1 / steps, meter.work or {})),
+        seconds_by_card=seconds_by_card((1 / steps, meter.work or {})),
         allocated=allocated,
         reserved=reserved,
     )

@@ -38,7 +38,7 @@ class CostRecord(Strict):
     d: int
     seconds: float | None = Field(None, description="None where traced, or not timed.")
     forward_seconds: float | None = None
-    predicted: dict[str, float] = Field({}, description="Seconds by published peaks, by card.")
+    seconds_by_card: dict[str, float] = Field({}, description="By published peaks of cards.")
     card: str | None = Field(None, description="That was asked for.")
     card_seconds: float | None = Field(None, description="A step on it by its published peaks.")
     joules: float | None = Field(None, description="The same at the card's largest power.")
@@ -53,7 +53,7 @@ class CostRecord(Strict):
 
     def on(self, name: str) -> CostRecord:
         """The same with the step's seconds and energy on a card."""
-        spent = self.predicted[name]
+        spent = self.seconds_by_card[name]
         found = {"card": name, "card_seconds": spent, "joules": spent * card(name).watts}
         return self.model_copy(update=found)
 

@@ -217,8 +217,8 @@ def typical_seconds(estimator: Estimator, spans: Sequence[float]) -> float | Non
 @dataclass(frozen=True)
 class StepCost:
     """A typical optimiser step: FLOPs, units and seconds are means over the estimator's cycle, bytes
-    those of its largest step, seconds medians (None unless asked for); ``predicted`` are seconds by
-    card, ``allocated`` and ``reserved`` what a GPU's allocator would hand out and keep
+    those of its largest step, seconds medians (None unless asked for); ``seconds_by_card`` go by
+    published peaks, ``allocated`` and ``reserved`` what a GPU's allocator would hand out and keep
     (``cost/allocator.py``)."""
 
     forward_units: float
@@ -229,7 +229,7 @@ class StepCost:
     weights_bytes: int
     state_bytes: int
     d: int
-    predicted: dict[str, float]
+    seconds_by_card: dict[str, float]
     seconds: float | None = None
     forward_seconds: float | None = None
     allocated: int | None = None
@@ -244,12 +244,14 @@ def measure_step(
     *,
     timed: bool = False,
     counter: CostCounter | None = None,
+    replay: bool = False,
 ) -> StepCost:
     """What an optimiser step costs, all its batches like ``batch``. A first step is made and counts
     for nothing: it fills what optimiser and estimator remember, and moves theta.
 
     Args:
         counter: of the estimator, where its own is wanted.
+        replay: say what a GPU's allocator would hand out and keep, too.
         timed: run every kind of step of the estimator's cycle, too, and take its time.
     """
     decide(objective, estimator, optimizer)
@@ -279,8 +281,10 @@ def measure_step(
     resident = resident_bytes(objective, optimizer, counter.state_bytes)
     largest = max(counts, key=lambda count: count.peak_bytes)
     names = dict.fromkeys((*resident, *largest.at_peak))
-    own = (size for name, size in resident.items() if name != "weights")
-    allocated, reserved = replayed([*frozen_bytes(objective), *own], largest.timeline)
+    taken: tuple[int | None, int | None] = (None, None)
+    if replay:
+        own = (size for name, size in resident.items() if name != "weights")
+        taken = replayed([*frozen_bytes(objective), *own], largest.timeline)
     return StepCost(
         forward_units=statistics.mean(count.units for count in counts),
         flops=statistics.mean(count.flops for count in counts),
@@ -290,15 +294,17 @@ def measure_step(
         weights_bytes=resident["weights"],
         state_bytes=sum(resident.values()) - resident["weights"],
         d=objective.d,
-        predicted=predicted(*((1 / len(counts), c.work) for c in counts), (1, update.work)),
+        seconds_by_card=seconds_by_card(
+            *((1 / len(counts), c.work) for c in counts), (1, update.work)
+        ),
         seconds=seconds[0],
         forward_seconds=seconds[1],
-        allocated=allocated,
-        reserved=reserved,
+        allocated=taken[0],
+        reserved=taken[1],
     )
 
 
-def predicted(*works: tuple[float, Work]) -> dict[str, float]:
+def seconds_by_card(*works: tuple[float, Work]) -> dict[str, float]:
     """Seconds of a step by card; each work with how often a step does it."""
     return {
         name: sum(times * card.seconds(work) for times, work in works)

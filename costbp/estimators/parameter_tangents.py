@@ -17,11 +17,8 @@ from costbp.estimators.directions import Directions
 from costbp.estimators.precision import seen
 from costbp.objective import Batch, Objective, Piece
 
-RULES = (
-    (F, "linear"),
-    (Tensor, "__mul__"),
-    (Tensor, "__add__"),
-)  # Python's, which a mode can't see
+# Python's, which a mode can't see
+RULES = ((F, "linear"), (Tensor, "__mul__"), (Tensor, "__add__"))
 
 
 def derivatives_by_piece(

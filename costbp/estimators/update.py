@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 from costbp.estimators.base import Estimate, Estimator, wide_dtype
 from costbp.objective import PIECE, Batch, Key, Objective
 
-BLOCK = (
-    64  # numbers: what is left of less, CPUs compute apart, and round otherwise in half precision
-)
+# numbers: what is left of less, CPUs compute apart, and round otherwise in half precision
+BLOCK = 64
 
 
 def stateless(optimizer: Optimizer) -> bool:
