@@ -110,10 +110,14 @@ def test_in_backward_no_two_gradients_of_large_tensors_live(catalog: Catalog) ->
 
 
 def test_zeroed_gradients_stay(catalog: Catalog) -> None:
-    model = entry("full", dtype="float32")
-    for name in ("made", "zeroed"):
-        found = traced(catalog, plain(gradients=name, optimizer="sgd"), model)
-        assert found.peak_by_category["gradients"] >= 4 * found.d * (name == "zeroed")
+    """Where the peak is at the end of the forward pass, gradients are there only if they stay."""
+    model, method = entry("full", dtype="float32"), catalog.methods["bp_vanilla"]
+    made, zeroed = (
+        Bench(model, profile=plain(gradients=g)).cost("bp_vanilla", method, 8, 64)
+        for g in ("made", "zeroed")
+    )
+    assert zeroed.peak_by_category["gradients"] == 4 * zeroed.d
+    assert made.peak_by_category.get("gradients", 0) < 2 * made.d
 
 
 def test_what_the_loop_holds(catalog: Catalog) -> None:
@@ -163,6 +167,26 @@ def test_four_bit_layers_take_what_their_paper_says(
     assert 0 <= rotary < 1000
 
 
+def test_unpacking_into_another_dtype_makes_two_copies(catalog: Catalog) -> None:
+    """With a batch this small the peak is the largest weight's."""
+    small, method = entry(bits=4, vocab_size=16), catalog.methods["bp_vanilla"]
+    once, twice = (
+        Bench(small, profile=plain(four_bit={"unpacked": u})).cost("bp_vanilla", method, 1, 2)
+        for u in ("base", "float16")
+    )
+    assert twice.peak_bytes - once.peak_bytes == pytest.approx(2 * H * INNER, rel=0.02)
+
+
+def test_repeated_keys_and_values_are_saved_for_every_head(catalog: Catalog) -> None:
+    few, method = entry(num_key_value_heads=1, vocab_size=16), catalog.methods["bp_vanilla"]
+    shared, repeated = (
+        Bench(few, profile=plain(repeats=r, padding=False)).cost("bp_vanilla", method, 8, 64)
+        for r in (False, True)
+    )
+    apart = repeated.peak_bytes - shared.peak_bytes
+    assert apart == LAYERS * 2 * (2 * 8 * 64 * (H - H // 4))  # of keys and of values, in two bytes
+
+
 def test_mixed_precision_copies_every_weight_once(catalog: Catalog) -> None:
     """Under autocast the graph holds a half-precision copy of each weight of a product, and float32
     masters, gradients and moments are as without it."""
@@ -175,6 +199,18 @@ def test_mixed_precision_copies_every_weight_once(catalog: Catalog) -> None:
     copies = 2 * (LAYERS * BLOCK + V * H)
     saved = seen["float16"]["saved activations"]
     assert copies < saved < copies + seen[None]["saved activations"]
+
+
+def test_copies_for_mixed_precision_live_through_the_forward_pass(catalog: Catalog) -> None:
+    """Also of weights whose blocks are computed again: `torch.autocast` keeps its copies until it ends."""
+    model, method = entry("full", dtype="float32"), catalog.methods["bp_checkpointing"]
+    peaks = {
+        dtype: Bench(model, profile=plain(autocast=dtype, optimizer="sgd", gradients="zeroed"))
+        .cost("bp_checkpointing", method, 1, 32)
+        .peak_bytes
+        for dtype in (None, "float16")
+    }
+    assert peaks["float16"] - peaks[None] > 2 * LAYERS * BLOCK * 0.6
 
 
 def test_a_block_more_is_recomputed(catalog: Catalog) -> None:
