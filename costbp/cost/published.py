@@ -4,6 +4,7 @@ its source, and the others are named with the reason."""
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ FOLDER = Path("config/published")
 COLUMNS = ("source", "measure", "model", "dtype", "method", "batch", "seq", "unit", "value", "note")
 UNITS = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20}
 DTYPES = {"bf16": "bfloat16", "bf16-true": "bfloat16", "fp16": "float16", "fp32": "float32"}
-WITHIN = (0.05, 0.10)  # the median of errors, and the 80th of a hundred, that are aimed at
 LEAST = 0.02  # share of a row that a difference of two has to be
 
 
@@ -281,30 +281,17 @@ def pairs(rows: Sequence[Row]) -> list[Pair]:
     """Every two rows of one source and model that differ in one setting; a difference below two
     hundredths of the larger figure is lost in its rounding."""
     found = []
-    for place, second in enumerate(rows):
-        for first in rows[:place]:
-            if (first.source, first.model) != (second.source, second.model):
-                continue
-            if first.predicted is None or second.predicted is None:
-                continue
-            a, b = first.settings or {}, second.settings or {}
-            keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
-            apart = second.published - first.published
-            parts = {a.get("part"), b.get("part")} == {"step"}
-            large = abs(apart) >= LEAST * max(first.published, second.published)
-            if len(keys) == 1 and parts and large:
-                values = a.get(keys[0], "-"), b.get(keys[0], "-")
-                found.append(
-                    Pair(
-                        first.source,
-                        first.model,
-                        keys[0],
-                        values,
-                        apart,
-                        second.predicted - first.predicted,
-                        first.bounds,
-                    )
-                )
+    for one, other in itertools.combinations([r for r in rows if r.predicted is not None], 2):
+        a, b = one.settings or {}, other.settings or {}
+        keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+        alike = (one.source, one.model) == (other.source, other.model) and len(keys) == 1
+        apart = other.published - one.published
+        large = abs(apart) >= LEAST * max(one.published, other.published)
+        if alike and large and {a.get("part"), b.get("part")} == {"step"}:
+            values = a.get(keys[0], "-"), b.get(keys[0], "-")
+            guess = (other.predicted or 0) - (one.predicted or 0)
+            about = one.source, one.model, keys[0], values
+            found.append(Pair(*about, apart, guess, one.bounds))
     return found
 
 
